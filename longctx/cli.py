@@ -1,0 +1,86 @@
+"""The command line: one function a subcommand, and one place where errors become exit codes."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import longctx
+from longctx.errors import InputError, OutsideError
+
+STOPPED = 75
+"""Exit code of a run that a signal stopped after it saved: run the same command again."""
+
+
+def train(argv: list[str]) -> int:
+    """CONFIG [--table.key value ...]: train, or resume, the run that a config file describes"""
+    from longctx.config import apply_overrides, to_toml
+    from longctx.train.settings import load_settings
+
+    name, options = _first_argument(argv, "train", "a config file or preset", default="tiny")
+    only_print = "--print-config" in options
+    options = [word for word in options if word != "--print-config"]
+    settings = apply_overrides(load_settings(name), options, "longctx train")
+    if only_print:
+        sys.stdout.write(to_toml(settings))
+        return 0
+    from longctx.train.trainer import train as run
+
+    return STOPPED if run(settings) else 0
+
+
+def generate(argv: list[str]) -> int:
+    """RUN|CHECKPOINT [--prompt TEXT ...]: sample text from a trained model"""
+    from longctx.config import apply_overrides
+    from longctx.eval.generate import GenerateConfig
+    from longctx.eval.generate import generate as sample
+
+    path, options = _first_argument(argv, "generate", "a run or checkpoint", default="")
+    config = apply_overrides(GenerateConfig(), options, "longctx generate")
+    text = sample(path, config)
+    sys.stdout.write(text + "\n")
+    if config.output:
+        try:
+            Path(config.output).write_text(text + "\n")
+        except OSError as error:
+            raise OutsideError(f"{config.output}: cannot write: {error.strerror}") from error
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "generate": generate}
+
+
+def _first_argument(
+    argv: list[str], command: str, wanted: str, default: str
+) -> tuple[str, list[str]]:
+    """The positional argument and the options; `--help` may stand without the argument."""
+    if argv and not argv[0].startswith("-"):
+        return argv[0], argv[1:]
+    if "--help" in argv or "-h" in argv:
+        return default, argv
+    raise InputError(f"longctx {command} needs {wanted}; try: longctx {command} --help")
+
+
+def _usage() -> str:
+    lines = [f"longctx {longctx.__version__}", "", "usage: longctx COMMAND ...", ""]
+    lines += [f"  {name:10} {command.__doc__}" for name, command in COMMANDS.items()]
+    return "\n".join([*lines, "", "longctx COMMAND --help lists the options of a command", ""])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; 0 is success, 2 a mistake in the input, 1 a failure outside."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("--help", "-h", "help"):
+        sys.stdout.write(_usage())
+        return 0
+    if argv[0] == "--version":
+        sys.stdout.write(longctx.__version__ + "\n")
+        return 0
+    try:
+        if argv[0] not in COMMANDS:
+            raise InputError(f"{argv[0]!r} is no command; commands: {', '.join(COMMANDS)}")
+        return COMMANDS[argv[0]](argv[1:])
+    except (InputError, OutsideError) as error:
+        sys.stderr.write(f"longctx: {error}\n")
+        return 2 if isinstance(error, InputError) else 1
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,105 @@
+"""Documents concatenated and cut into sequences, as a pure function of (seed, index)."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from longctx.data.sources import DocumentTokens
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class PackedSequence:
+    """Part of a packed sequence; all arrays are as long as the part."""
+
+    tokens: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]
+    """The next token, or IGNORE where it belongs to another document."""
+    document_ids: npt.NDArray[np.int32]
+    """Documents counted from 0 at the start of the whole sequence."""
+    following: int
+    """The token after the last one, whatever its document."""
+
+    def as_one_document(self) -> "PackedSequence":
+        """The same tokens with document borders forgotten: one id, no label ignored."""
+        labels = np.append(self.tokens, self.following)[1:]
+        return PackedSequence(self.tokens, labels, np.zeros_like(self.document_ids), self.following)
+
+
+@dataclass(frozen=True)
+class EpochOrder:
+    """One epoch: its documents in shuffled order, and where each starts (and the last ends)."""
+
+    documents: npt.NDArray[np.int64]
+    starts: npt.NDArray[np.int64]
+
+
+class PackedStream:
+    """An endless stream of shuffled documents, epoch after epoch, cut every `seq_len` tokens.
+
+    Sequence n is the stream from n * seq_len on; it may span documents and epochs. The order of
+    an epoch is keyed by (seed, epoch), so any sequence can be read at any time, by any process.
+    """
+
+    def __init__(self, documents: DocumentTokens, seq_len: int, seed: int) -> None:
+        self.seq_len = seq_len
+        self._tokens = documents.tokens
+        self._offsets = documents.offsets
+        self._seed = seed
+        self._order = lru_cache(maxsize=4)(self._shuffle)
+
+    def sequence(self, index: int) -> PackedSequence:
+        """The whole sequence number `index`."""
+        return self.slice(index, 0, self.seq_len)
+
+    def slice(self, index: int, start: int, stop: int) -> PackedSequence:
+        """Tokens `start` to `stop` of sequence `index`, without reading the rest of it."""
+        if not (index >= 0 and 0 <= start <= stop <= self.seq_len):
+            raise ValueError(f"no slice {start}:{stop} of sequence {index} of {self.seq_len}")
+        origin = index * self.seq_len
+        tokens, ordinals = self._read(origin + start, origin + stop + 1)
+        labels = np.where(ordinals[1:] == ordinals[:-1], tokens[1:], IGNORE)
+        document_ids = (ordinals[:-1] - self._ordinal(origin)).astype(np.int32)
+        return PackedSequence(tokens[:-1], labels, document_ids, int(tokens[-1]))
+
+    def _shuffle(self, epoch: int) -> EpochOrder:
+        # Raw Philox words keep their value across numpy versions; Generator.permutation may not.
+        key = np.array([self._seed % 2**64, epoch], dtype=np.uint64)
+        draws = np.random.Philox(key=key).random_raw(len(self._offsets) - 1)
+        documents = np.argsort(draws, kind="stable")
+        lengths = np.diff(self._offsets)[documents]
+        return EpochOrder(documents, np.concatenate(([0], np.cumsum(lengths))))
+
+    def _ordinal(self, position: int) -> int:
+        """Number of the document at a position of the stream, counted over all epochs."""
+        epoch, local = divmod(position, len(self._tokens))
+        rank = np.searchsorted(self._order(epoch).starts, local, side="right") - 1
+        return epoch * (len(self._offsets) - 1) + int(rank)
+
+    def _read(self, start: int, stop: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Tokens of a range of the stream and the ordinal of each one's document."""
+        epoch_len = len(self._tokens)
+        borders = range((start // epoch_len + 1) * epoch_len, stop, epoch_len)
+        parts = [self._read_epoch(*part) for part in pairwise([start, *borders, stop])]
+        tokens, ordinals = zip(*parts, strict=True)
+        return np.concatenate(tokens).astype(np.int64), np.concatenate(ordinals)
+
+    def _read_epoch(
+        self, start: int, stop: int
+    ) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.int64]]:
+        """As `_read`, for a range that lies in one epoch."""
+        epoch, low = divmod(start, len(self._tokens))
+        high = low + stop - start
+        order = self._order(epoch)
+        first = np.searchsorted(order.starts, low, side="right") - 1
+        last = np.searchsorted(order.starts, high, side="left")
+        borders = np.clip(order.starts[first : last + 1], low, high)
+        counts = borders[1:] - borders[:-1]
+        shifts = self._offsets[order.documents[first:last]] - order.starts[first:last]
+        index = np.arange(low, high) + np.repeat(shifts, counts)
+        ordinals = np.repeat(epoch * (len(self._offsets) - 1) + np.arange(first, last), counts)
+        return self._tokens[index], ordinals

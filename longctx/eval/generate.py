@@ -1,0 +1,64 @@
+"""Samples from a checkpoint, token after token, with constant state in linear layers."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from longctx.config import decode
+from longctx.data import ByteTokenizer
+from longctx.errors import InputError
+from longctx.model.decoder import Decoder
+from longctx.train import checkpoint
+from longctx.train.settings import Settings
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Options of `longctx generate`."""
+
+    prompt: str = "def "
+    """Text to go on from."""
+    tokens: int = 200
+    """Tokens to sample at most."""
+    temperature: float = 0.8
+    """Randomness; 0 takes the most likely token."""
+    seed: int = 0
+    """Decides the sample."""
+    output: str = ""
+    """File that gets the text as well."""
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise InputError(f"--tokens = {self.tokens}: must be at least 1")
+        if self.temperature < 0:
+            raise InputError(f"--temperature = {self.temperature}: must not be negative")
+
+
+def load_model(path: str) -> Decoder:
+    """The model of a run or checkpoint, ready for evaluation."""
+    folder = checkpoint.resolve(Path(path))
+    state = checkpoint.load_state(folder)
+    settings = decode(Settings, state["config"], file=str(folder))
+    model = Decoder(settings.model, state["vocab_size"])
+    checkpoint.load_model(folder, model)
+    return model.eval()
+
+
+def generate(path: str, config: GenerateConfig) -> str:
+    """Prompt and continuation, up to the end of the document."""
+    model = load_model(path)
+    generator = torch.Generator().manual_seed(config.seed)
+    ids = ByteTokenizer.encode_prompt(config.prompt).tolist()
+    logits_1V, memory = model.step(torch.tensor([ids]), 0, [])
+    for _ in range(config.tokens):
+        if config.temperature == 0:
+            token = int(logits_1V.argmax())
+        else:
+            chances = (logits_1V[0] / config.temperature).softmax(-1)
+            token = int(torch.multinomial(chances, 1, generator=generator))
+        if token == ByteTokenizer.END:
+            break
+        ids.append(token)
+        logits_1V, memory = model.step(torch.tensor([[token]]), len(ids) - 1, memory)
+    return ByteTokenizer.decode(ids)

@@ -1,0 +1,164 @@
+"""The contract of a mixer, and the legend of shape letters used in the whole repository.
+
+B batch, T local tokens, G global tokens, S segments, C chunk, H heads, J key heads, K key dim,
+V value dim, D model width, E routed items, P ranks.
+
+A mixer is `project -> core -> read -> output`. Only `core` mixes tokens, and it does so through
+the view. `core_reference` is the same map written token by token: the definition.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from longctx.config import Registered
+from longctx.errors import InputError
+from longctx.sequence.view import LocalView, SequenceView
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the model a mixer stands."""
+
+    width: int
+    layer: int
+    depth: int
+
+
+class Mixed(NamedTuple):
+    """What a mixer returns: its output, and weighted losses to add to the model's."""
+
+    out: Tensor
+    losses: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class MixerConfig(Registered):
+    """Base of all `[model.mixers.X]` tables; a subclass registers with `kind=`."""
+
+    def build(self, place: Place) -> "Mixer":
+        """The module this table describes, for one layer."""
+        raise NotImplementedError
+
+    def check(self, width: int, where: str) -> None:
+        """Raises InputError, naming fields below `where`, if this cannot be built."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class HeadsConfig(MixerConfig):
+    """Base of mixers that are made of equal heads."""
+
+    num_heads: int = 8
+    """Query heads."""
+    head_dim: int = 0
+    """Key and query size of a head; 0 means model.width / num_heads."""
+
+    def check(self, width: int, where: str) -> None:
+        if self.num_heads < 1:
+            raise InputError(f"{where}.num_heads = {self.num_heads}: must be at least 1")
+        if self.head_dim < 0:
+            raise InputError(f"{where}.head_dim = {self.head_dim}: must be 0 or positive")
+        if self.head_dim == 0 and width % self.num_heads:
+            raise InputError(
+                f"{where}.num_heads = {self.num_heads} does not divide model.width = {width}; "
+                "change one of them or set head_dim"
+            )
+
+    def size_of_head(self, width: int) -> int:
+        """Key and query size of a head."""
+        return self.head_dim or width // self.num_heads
+
+
+class Mixer(nn.Module, ABC):
+    """A token mixer with heads; forward returns Mixed."""
+
+    num_heads: int
+    causal_selection: ClassVar[bool] = True
+    """False if which tokens take part at i can depend on tokens after i."""
+
+    @abstractmethod
+    def project(self, x_BTD: Tensor, view: SequenceView) -> Any:
+        """Per-token tensors that core and read need, as a NamedTuple."""
+
+    @abstractmethod
+    def core(self, projected: Any, view: SequenceView) -> Tensor:
+        """Mixes tokens: `[B, T, H, V]`."""
+
+    @abstractmethod
+    def core_reference(self, projected: Any, view: LocalView) -> Tensor:
+        """The same, token by token and in plain operations."""
+
+    @abstractmethod
+    def advance(self, projected: Any, memory: Any) -> tuple[Tensor, Any]:
+        """Core for tokens that follow a `memory` (None at first), for generation."""
+
+    @abstractmethod
+    def output(self, y_BTHV: Tensor) -> Tensor:
+        """Heads back to width."""
+
+    @abstractmethod
+    def core_flops(self, contexts_M: Tensor) -> int:
+        """Forward FLOPs of core_reference over tokens that have `contexts_M` tokens of their
+        document up to and with themselves."""
+
+    def read(self, y_BTHV: Tensor, projected: Any) -> Tensor:  # noqa: ARG002
+        """Per-head norm and gate after the core."""
+        return y_BTHV
+
+    def losses(self, projected: Any, view: SequenceView) -> dict[str, Tensor]:  # noqa: ARG002
+        """Weighted losses by name, each over all tokens of the view."""
+        return {}
+
+    def forward(self, x_BTD: Tensor, view: SequenceView | None = None) -> Mixed:
+        """Mixes `x`; without a view every row is one document."""
+        view = view or LocalView.whole(*x_BTD.shape[:2], device=x_BTD.device)
+        projected = self.project(x_BTD, view)
+        y_BTHV = self.read(self.core(projected, view), projected)
+        return Mixed(self.output(y_BTHV), self.losses(projected, view))
+
+    def reference(self, x_BTD: Tensor, view: LocalView | None = None) -> Mixed:
+        """The same through core_reference."""
+        view = view or LocalView.whole(*x_BTD.shape[:2], device=x_BTD.device)
+        projected = self.project(x_BTD, view)
+        y_BTHV = self.read(self.core_reference(projected, view), projected)
+        return Mixed(self.output(y_BTHV), self.losses(projected, view))
+
+    def step(self, x_BTD: Tensor, view: LocalView, memory: Any) -> tuple[Tensor, Any]:
+        """Continues a sequence: output for its next tokens, and the memory after them."""
+        projected = self.project(x_BTD, view)
+        y_BTHV, memory = self.advance(projected, memory)
+        return self.output(self.read(y_BTHV, projected)), memory
+
+    def flops(self, contexts_M: Tensor) -> int:
+        """Forward FLOPs of projections and core; what a kernel does beyond that does not count."""
+        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        return 2 * weights * contexts_M.numel() + self.core_flops(contexts_M)
+
+
+def split_heads(x_BTM: Tensor, num_heads: int) -> Tensor:
+    """`[B, T, H * D]` to `[B, T, H, D]`."""
+    return x_BTM.unflatten(-1, (num_heads, -1))
+
+
+def common_dtype(*tensors: Tensor) -> list[Tensor]:
+    """Tensors in the dtype that autocast chose for the last of them."""
+    return [x.to(tensors[-1].dtype) for x in tensors]
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, computed in at least fp32."""
+
+    def __init__(self, size: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised `x` in the dtype of `x`."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (wide * self.weight).to(x.dtype)

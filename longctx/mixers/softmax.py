@@ -1,0 +1,125 @@
+"""Softmax attention: full or windowed, shared key heads, QK-norm, full, partial or no RoPE."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from longctx_kernels.softmax_attention import (
+    softmax_attention_after,
+    softmax_attention_reference,
+)
+from torch import Tensor, nn
+
+from longctx.errors import InputError
+from longctx.mixers.base import HeadsConfig, Mixer, Place, RMSNorm, common_dtype, split_heads
+from longctx.sequence.view import LocalView, SequenceView
+
+
+@dataclass(frozen=True)
+class SoftmaxConfig(HeadsConfig, kind="softmax"):
+    """Causal softmax attention."""
+
+    num_kv_heads: int = 0
+    """Key and value heads, shared by groups of query heads; 0 means num_heads."""
+    window: int = 0
+    """Keys a query sees, its own included; 0 sees the whole document."""
+    rope_base: float = 10000.0
+    """Base of the rotary frequencies."""
+    rope_fraction: float = 1.0
+    """Share of each head that is rotated; 0 uses no positions (NoPE)."""
+    qk_norm: bool = True
+    """RMSNorm of queries and keys per head."""
+
+    def build(self, place: Place) -> "Softmax":
+        return Softmax(self, place)
+
+    def check(self, width: int, where: str) -> None:
+        super().check(width, where)
+        if self.num_kv_heads < 0 or self.num_heads % (self.num_kv_heads or 1):
+            raise InputError(
+                f"{where}.num_kv_heads = {self.num_kv_heads} does not divide "
+                f"num_heads = {self.num_heads}"
+            )
+        if self.window < 0:
+            raise InputError(f"{where}.window = {self.window}: must be 0 (no window) or positive")
+        if not 0 <= self.rope_fraction <= 1:
+            raise InputError(f"{where}.rope_fraction = {self.rope_fraction}: must be in 0..1")
+        if self.rope_base <= 0:
+            raise InputError(f"{where}.rope_base = {self.rope_base}: must be positive")
+
+
+def rotate(x_BTHK: Tensor, positions_BT: Tensor, base: float, fraction: float) -> Tensor:
+    """Rotary position embedding of the first `fraction` of each head, in at least fp32."""
+    half = int(x_BTHK.shape[-1] * fraction) // 2
+    if half == 0:
+        return x_BTHK
+    dtype = torch.promote_types(x_BTHK.dtype, torch.float32)
+    exponent = torch.arange(half, device=x_BTHK.device, dtype=torch.float64) / half
+    angle = positions_BT[..., None].to(torch.float64) * base**-exponent
+    cos, sin = angle.cos().to(dtype)[:, :, None], angle.sin().to(dtype)[:, :, None]
+    left, right, rest = x_BTHK.to(dtype).split((half, half, x_BTHK.shape[-1] - 2 * half), -1)
+    turned = (left * cos - right * sin, left * sin + right * cos, rest)
+    return torch.cat(turned, -1).to(x_BTHK.dtype)
+
+
+class SoftmaxParts(NamedTuple):
+    """Rotated queries and keys, and values."""
+
+    q_BTHK: Tensor
+    k_BTJK: Tensor
+    v_BTJV: Tensor
+
+
+class Softmax(Mixer):
+    """See the module's docstring."""
+
+    def __init__(self, config: SoftmaxConfig, place: Place):
+        super().__init__()
+        self.config, self.num_heads = config, config.num_heads
+        H, K = config.num_heads, config.size_of_head(place.width)
+        J = config.num_kv_heads or H
+        self.num_kv_heads, self.size = J, K
+        self.query = nn.Linear(place.width, H * K, bias=False)
+        self.key = nn.Linear(place.width, J * K, bias=False)
+        self.value = nn.Linear(place.width, J * K, bias=False)
+        self.query_norm = RMSNorm(K) if config.qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(K) if config.qk_norm else nn.Identity()
+        self.project_out = nn.Linear(H * K, place.width, bias=False)
+
+    def project(self, x_BTD: Tensor, view: SequenceView) -> SoftmaxParts:
+        q_BTHK = self.query_norm(split_heads(self.query(x_BTD), self.num_heads))
+        k_BTJK = self.key_norm(split_heads(self.key(x_BTD), self.num_kv_heads))
+        v_BTJV = split_heads(self.value(x_BTD), self.num_kv_heads)
+        position = (view.positions_BT, self.config.rope_base, self.config.rope_fraction)
+        return SoftmaxParts(
+            *common_dtype(rotate(q_BTHK, *position), rotate(k_BTJK, *position), v_BTJV)
+        )
+
+    def core(self, projected: SoftmaxParts, view: SequenceView) -> Tensor:
+        return view.softmax_attention(*projected, self.config.window)
+
+    def core_reference(self, projected: SoftmaxParts, view: LocalView) -> Tensor:
+        flat = (x.flatten(0, 1)[None] for x in projected)
+        cuts = torch.tensor(view.cuts)
+        y = softmax_attention_reference(*flat, self.config.window, cu_seqlens=cuts)
+        return y.view(view.batch, view.length, *y.shape[2:])
+
+    def advance(
+        self, projected: SoftmaxParts, memory: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        keys, values = projected.k_BTJK, projected.v_BTJV
+        if memory is not None:
+            keys, values = torch.cat((memory[0], keys), 1), torch.cat((memory[1], values), 1)
+        window = self.config.window
+        y_BTHV = softmax_attention_after(
+            projected.q_BTHK, keys, values, window, self.size**-0.5
+        )
+        forgotten = max(0, keys.shape[1] - (window - 1)) if window else 0
+        return y_BTHV, (keys[:, forgotten:], values[:, forgotten:])
+
+    def output(self, y_BTHV: Tensor) -> Tensor:
+        return self.project_out(y_BTHV.flatten(2))
+
+    def core_flops(self, contexts_M: Tensor) -> int:
+        seen_M = contexts_M.clamp(max=self.config.window) if self.config.window else contexts_M
+        return 4 * self.num_heads * self.size * int(seen_M.sum())

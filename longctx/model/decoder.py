@@ -1,0 +1,164 @@
+"""The one decoder: a pattern of mixers tiled over depth."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from longctx.errors import InputError
+from longctx.mixers import Mixer, MixerConfig, Place
+from longctx.mixers.base import RMSNorm
+from longctx.model.layers import SwiGLU
+from longctx.model.loss import linear_cross_entropy
+from longctx.sequence.view import LocalView, SequenceView
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The `[model]` table."""
+
+    width: int = 128
+    """Size of the residual stream."""
+    depth: int = 4
+    """Number of layers."""
+    pattern: str = "LLLS"
+    """One letter a layer, repeated until depth is reached."""
+    mixers: dict[str, MixerConfig]
+    """The mixer each letter of the pattern stands for."""
+    mlp_hidden: int = 0
+    """Hidden size of the feed-forward layers; 0 means 8/3 of width, rounded up to 32."""
+    tied_head: bool = True
+    """Use the embedding as the output head."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights; divided by sqrt(2 depth) on the way back to width."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth"):
+            if getattr(self, name) < 1:
+                raise InputError(f"model.{name} = {getattr(self, name)}: must be at least 1")
+        if not self.pattern:
+            raise InputError("model.pattern is empty: give one letter a layer, such as 'LLLS'")
+        for letter in self.pattern:
+            if letter not in self.mixers:
+                known = ", ".join(self.mixers) or "none"
+                raise InputError(
+                    f"model.pattern = {self.pattern!r}: letter {letter!r} has no table "
+                    f"[model.mixers.{letter}] (there are: {known})"
+                )
+        for letter, mixer in self.mixers.items():
+            if letter not in self.pattern:
+                raise InputError(f"model.mixers.{letter} is not used by model.pattern")
+            mixer.check(self.width, f"model.mixers.{letter}")
+        if self.mlp_hidden < 0:
+            raise InputError(f"model.mlp_hidden = {self.mlp_hidden}: must be 0 or positive")
+
+    @property
+    def layers(self) -> tuple[MixerConfig, ...]:
+        """The mixer of each layer."""
+        letters = (self.pattern * -(-self.depth // len(self.pattern)))[: self.depth]
+        return tuple(self.mixers[letter] for letter in letters)
+
+
+class Block(nn.Module):
+    """Pre-norm mixer and feed-forward layer around the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        width = config.width
+        self.mixer_norm = RMSNorm(width)
+        self.mixer: Mixer = config.layers[layer].build(Place(width, layer, config.depth))
+        self.mlp_norm = RMSNorm(width)
+        self.mlp = SwiGLU(width, config.mlp_hidden or -(-width * 8 // 96) * 32)
+
+    def forward(self, x_BTD: Tensor, view: SequenceView) -> tuple[Tensor, dict[str, Tensor]]:
+        """New residual stream, and the mixer's losses."""
+        mixed = self.mixer(self.mixer_norm(x_BTD), view)
+        x_BTD = x_BTD + mixed.out
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), mixed.losses
+
+    def step(self, x_BTD: Tensor, view: LocalView, memory: Any) -> tuple[Tensor, Any]:
+        """The same for the next tokens of a sequence."""
+        out, memory = self.mixer.step(self.mixer_norm(x_BTD), view, memory)
+        x_BTD = x_BTD + out
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), memory
+
+
+class Losses(NamedTuple):
+    """Sum of the cross-entropy over valid labels, and the mixers' losses averaged over layers."""
+
+    cross_entropy: Tensor
+    mixers: dict[str, Tensor]
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, norm and head."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(vocab_size, config.width)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
+        self.norm = RMSNorm(config.width)
+        self.head = nn.Linear(config.width, vocab_size, bias=False)
+        if config.tied_head:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens_BT: Tensor, labels_BT: Tensor, view: SequenceView) -> Losses:
+        """Losses of a batch whose labels are already shifted; label -100 is left out."""
+        x_BTD = self.embedding(tokens_BT)
+        by_name: dict[str, list[Tensor]] = {}
+        for block in self.blocks:
+            x_BTD, losses = block(x_BTD, view)
+            for name, loss in losses.items():
+                by_name.setdefault(name, []).append(loss)
+        means = {name: torch.stack(losses).mean() for name, losses in by_name.items()}
+        hidden_MD = self.norm(x_BTD).flatten(0, 1)
+        weight_VD = self.head.weight
+        if torch.is_autocast_enabled(hidden_MD.device.type):
+            dtype = torch.get_autocast_dtype(hidden_MD.device.type)
+            hidden_MD, weight_VD = hidden_MD.to(dtype), weight_VD.to(dtype)
+        return Losses(linear_cross_entropy(hidden_MD, weight_VD, labels_BT.flatten()), means)
+
+    @torch.no_grad()
+    def step(self, tokens_BT: Tensor, start: int, memory: list[Any]) -> tuple[Tensor, list[Any]]:
+        """Logits `[B, V]` after these tokens, which begin at position `start`."""
+        view = LocalView.whole(*tokens_BT.shape, device=tokens_BT.device)
+        view.positions_BT = view.positions_BT + start
+        x_BTD = self.embedding(tokens_BT)
+        after = []
+        for block, layer_memory in zip(self.blocks, memory or [None] * len(self.blocks)):
+            x_BTD, layer_memory = block.step(x_BTD, view, layer_memory)
+            after.append(layer_memory)
+        return self.head(self.norm(x_BTD[:, -1])), after
+
+    def num_parameters(self) -> int:
+        """Weights, tied ones counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops(self, contexts_M: Tensor) -> dict[str, int]:
+        """Forward FLOPs by kind of layer, for tokens with these numbers of tokens to see."""
+        tokens = contexts_M.numel()
+        flops = {"mlp": 0, "head": 2 * tokens * self.head.weight.numel()}
+        for mixer_config, block in zip(self.config.layers, self.blocks, strict=True):
+            kind = mixer_config.kind
+            flops[kind] = flops.get(kind, 0) + block.mixer.flops(contexts_M)
+            flops["mlp"] += 2 * tokens * sum(p.numel() for p in block.mlp.parameters())
+        return flops
+
+
+@torch.no_grad()
+def initialise(model: Decoder, seed: int) -> None:
+    """Draws every matrix from a generator keyed by seed and name, so order cannot matter."""
+    config = model.config
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            continue
+        key = hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]
+        generator = torch.Generator().manual_seed(int.from_bytes(key, "big") >> 1)
+        std = config.init_std
+        if name.endswith("project_out.weight"):
+            std /= (2 * config.depth) ** 0.5
+        drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+        parameter.copy_(drawn * std)

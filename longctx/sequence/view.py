@@ -1,0 +1,77 @@
+"""SequenceView: all that a mixer may know about where its tokens come from.
+
+A mixer is written once against this interface. On one process the view holds whole documents;
+other implementations spread a sequence over ranks and answer the same calls with the same values.
+"""
+
+from abc import ABC, abstractmethod
+from functools import cached_property
+
+import torch
+from longctx_kernels.decay_attention import decay_attention
+from longctx_kernels.softmax_attention import softmax_attention
+from torch import Tensor
+
+
+class SequenceView(ABC):
+    """Tokens `[B, T]` of this process, cut into pieces that belong to one document each."""
+
+    positions_BT: Tensor
+    """Position of each token within its document."""
+
+    @abstractmethod
+    def decay_attention(
+        self, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, log_decay_H: Tensor | None
+    ) -> Tensor:
+        """Linear attention over each document, state decayed by a constant per head."""
+
+    @abstractmethod
+    def softmax_attention(
+        self, q_BTHK: Tensor, k_BTJK: Tensor, v_BTJV: Tensor, window: int
+    ) -> Tensor:
+        """Causal softmax attention over each document; `window` keys are seen, 0 sees all."""
+
+    @abstractmethod
+    def reduce_mean(self, x_BTE: Tensor) -> Tensor:
+        """Mean over all tokens of all sequences, on whichever rank they lie."""
+
+
+class LocalView(SequenceView):
+    """Whole sequences on one process."""
+
+    def __init__(self, documents_BT: Tensor):
+        """`documents_BT`: an id per token; a token whose id differs from the last starts anew."""
+        self.batch, self.length = documents_BT.shape
+        self._device = documents_BT.device
+        starts_BT = torch.ones(self.batch, self.length, dtype=torch.bool, device=self._device)
+        starts_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
+        index_T = torch.arange(self.length, device=self._device).expand(self.batch, -1)
+        self.positions_BT = index_T - (index_T * starts_BT).cummax(1).values
+        cuts = starts_BT.flatten().nonzero()[:, 0].tolist()
+        self.cuts = (*cuts, self.batch * self.length)
+
+    @classmethod
+    def whole(cls, batch: int, length: int, device: torch.device | str = "cpu") -> "LocalView":
+        """Every row is one document."""
+        return cls(torch.zeros(batch, length, dtype=torch.int32, device=device))
+
+    @cached_property
+    def _cu_seqlens(self) -> Tensor:
+        return torch.tensor(self.cuts, dtype=torch.int32)
+
+    def decay_attention(
+        self, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, log_decay_H: Tensor | None
+    ) -> Tensor:
+        flat = (x.flatten(0, 1)[None] for x in (q_BTHK, k_BTHK, v_BTHV))
+        out, _ = decay_attention(*flat, log_decay_H, scale=1.0, cu_seqlens=self._cu_seqlens)
+        return out.view(self.batch, self.length, *out.shape[2:])
+
+    def softmax_attention(
+        self, q_BTHK: Tensor, k_BTJK: Tensor, v_BTJV: Tensor, window: int
+    ) -> Tensor:
+        flat = (x.flatten(0, 1)[None] for x in (q_BTHK, k_BTJK, v_BTJV))
+        out = softmax_attention(*flat, window=window, cu_seqlens=self._cu_seqlens)
+        return out.view(self.batch, self.length, *out.shape[2:])
+
+    def reduce_mean(self, x_BTE: Tensor) -> Tensor:
+        return x_BTE.flatten(0, 1).mean(0)
