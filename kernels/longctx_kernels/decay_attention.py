@@ -109,7 +109,8 @@ class _DecayAttention(torch.autograd.Function):
         q_THK, k_THK, v_THV, g_H, boundary_SHKV, initial_state = ctx.saved_tensors
         dtype, scale = g_H.dtype, ctx.scale
         dq_THK, dk_THK, dv_THV = (
-            torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_THK, k_THK, v_THV)
+            torch.empty_like(x, memory_format=torch.contiguous_format)
+            for x in (q_THK, k_THK, v_THV)
         )
         dinitial = None if initial_state is None else torch.empty_like(initial_state)
         dstate_HKV = torch.zeros_like(boundary_SHKV[0])
@@ -120,7 +121,12 @@ class _DecayAttention(torch.autograd.Function):
                 k, v, dout = (slab.load(x, dtype) for x in (k_THK, v_THV, dout_THV))
                 starts, _ = _states(slab, decay, k, v, state_HKV, initial_state, None)
                 ends, dstate_HKV = _state_gradients(
-                    slab, decay, (q * decay.since_start).mT @ dout, dstate_HKV, dfinal_NHKV, dinitial
+                    slab,
+                    decay,
+                    (q * decay.since_start).mT @ dout,
+                    dstate_HKV,
+                    dfinal_NHKV,
+                    dinitial,
                 )
                 scores = (q @ k.mT).mul_(decay.between)
                 dscores = (dout @ v.mT).mul_(decay.between)

@@ -80,7 +80,9 @@ class Slab:
 def plan_slabs(cuts: tuple[int, ...], chunk_size: int, slab_tokens: int) -> tuple[Slab, ...]:
     """Cuts pieces into chunks of at most `chunk_size` tokens and groups these into slabs."""
     chunks = [
-        Chunk(start, min(chunk_size, stop - start), piece, start == begin, start + chunk_size >= stop)
+        Chunk(
+            start, min(chunk_size, stop - start), piece, start == begin, start + chunk_size >= stop
+        )
         for piece, (begin, stop) in enumerate(zip(cuts, cuts[1:]))
         for start in range(begin, stop, chunk_size)
     ]

@@ -48,8 +48,9 @@ def load_model(path: str) -> Decoder:
 def generate(path: str, config: GenerateConfig) -> str:
     """Prompt and continuation, up to the end of the document."""
     model = load_model(path)
+    tokenizer = ByteTokenizer()
     generator = torch.Generator().manual_seed(config.seed)
-    ids = ByteTokenizer.encode_prompt(config.prompt).tolist()
+    ids = tokenizer.encode_prompt(config.prompt).tolist()
     logits_1V, memory = model.step(torch.tensor([ids]), 0, [])
     for _ in range(config.tokens):
         if config.temperature == 0:
@@ -57,8 +58,8 @@ def generate(path: str, config: GenerateConfig) -> str:
         else:
             chances = (logits_1V[0] / config.temperature).softmax(-1)
             token = int(torch.multinomial(chances, 1, generator=generator))
-        if token == ByteTokenizer.END:
+        if token == tokenizer.END:
             break
         ids.append(token)
         logits_1V, memory = model.step(torch.tensor([[token]]), len(ids) - 1, memory)
-    return ByteTokenizer.decode(ids)
+    return tokenizer.decode(ids)

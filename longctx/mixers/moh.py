@@ -35,7 +35,9 @@ class MoHConfig(MixerConfig, kind="moh"):
     def check(self, width: int, where: str) -> None:
         self.inner.check(width, f"{where}.inner")
         if self.balance_weight < 0:
-            raise InputError(f"{where}.balance_weight = {self.balance_weight}: must not be negative")
+            raise InputError(
+                f"{where}.balance_weight = {self.balance_weight}: must not be negative"
+            )
         num_heads = self.inner.build(Place(width, 0, 1)).num_heads
         if self.shared_heads < 0 or self.shared_heads >= num_heads:
             raise InputError(
@@ -70,19 +72,24 @@ class MoH(Mixer):
         self.causal_selection = self.inner.causal_selection
         routed = self.num_heads - config.shared_heads
         self.route = nn.Linear(place.width, routed, bias=False)
-        if config.shared_heads:
+        if config.shared_heads > 1:
             self.share = nn.Linear(place.width, config.shared_heads, bias=False)
+        if config.shared_heads:
             self.split = nn.Linear(place.width, 2, bias=False)
 
     def project(self, x_BTD: Tensor, view: SequenceView) -> Routed:
         probability = self.route(x_BTD).softmax(-1)
         order = probability.sort(dim=-1, descending=True, stable=True).indices
-        chosen = torch.zeros_like(probability).scatter(-1, order[..., : self.config.active_heads], 1)
+        chosen = torch.zeros_like(probability).scatter(
+            -1, order[..., : self.config.active_heads], 1
+        )
         weight = probability * chosen
         gate = self.config.active_heads * weight / weight.sum(-1, keepdim=True)
         if self.config.shared_heads:
-            shared = self.config.shared_heads * self.share(x_BTD).softmax(-1)
             split = 2 * self.split(x_BTD).softmax(-1)
+            shared = torch.ones_like(split[..., :1])
+            if self.config.shared_heads > 1:
+                shared = self.config.shared_heads * self.share(x_BTD).softmax(-1)
             gate = torch.cat((split[..., :1] * shared, split[..., 1:] * gate), -1)
         return Routed(self.inner.project(x_BTD, view), gate, probability, chosen)
 

@@ -111,9 +111,7 @@ class Softmax(Mixer):
         if memory is not None:
             keys, values = torch.cat((memory[0], keys), 1), torch.cat((memory[1], values), 1)
         window = self.config.window
-        y_BTHV = softmax_attention_after(
-            projected.q_BTHK, keys, values, window, self.size**-0.5
-        )
+        y_BTHV = softmax_attention_after(projected.q_BTHK, keys, values, window, self.size**-0.5)
         forgotten = max(0, keys.shape[1] - (window - 1)) if window else 0
         return y_BTHV, (keys[:, forgotten:], values[:, forgotten:])
 

@@ -55,9 +55,9 @@ def bytes_under(folder: Path) -> dict[str, bytes]:
 def saved(tmp_path):
     """A run directory with the checkpoints of steps 3 and 12, and what they were made from."""
     model, optimizer = build(0)
-    train(model, optimizer, 3)
+    train(model, optimizer, 1)
     checkpoint.save(tmp_path, 3, model, optimizer, {"tokens": 72})
-    train(model, optimizer, 9)
+    train(model, optimizer, 2)
     checkpoint.save(tmp_path, 12, model, optimizer, {"tokens": 288, "identity": {"seed": 0}})
     return tmp_path, model, optimizer
 

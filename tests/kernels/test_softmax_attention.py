@@ -1,0 +1,63 @@
+import pytest
+import torch
+from longctx_kernels import softmax_attention as op
+from longctx_kernels.softmax_attention import (
+    softmax_attention,
+    softmax_attention_after,
+    softmax_attention_reference,
+)
+
+from tests.tolerances import assert_close
+
+PIECES = {"T=1": (1, None), "T=75": (75, None), "packed": (75, [0, 1, 33, 34, 75])}
+
+
+def operands(batch: int, length: int, key_size: int, value_size: int, key_heads: int = 2):
+    generator = torch.Generator().manual_seed(length)
+    shapes = ((4, key_size), (key_heads, key_size), (key_heads, value_size))
+    return [
+        torch.randn(batch, length, *s, generator=generator, dtype=torch.float64).requires_grad_()
+        for s in shapes
+    ]
+
+
+def results(call, tensors, window, cuts):
+    cu_seqlens = None if cuts is None else torch.tensor(cuts)
+    out = call(*tensors, window, None, cu_seqlens)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
+    return out, *torch.autograd.grad(out, tensors, dout)
+
+
+@pytest.mark.parametrize("window", [0, 1, 9, 40, 75, 200])
+@pytest.mark.parametrize("sizes", [(8, 8), (5, 7)], ids=["flash", "unequal sizes"])
+@pytest.mark.parametrize(("length", "cuts"), PIECES.values(), ids=PIECES.keys())
+def test_tiles_equal_the_definition(length, cuts, sizes, window, monkeypatch):
+    monkeypatch.setattr(op, "QUERY_TILE", 16)
+    op.plan_tiles.cache_clear()
+    tensors = operands(2 if cuts is None else 1, length, *sizes)
+    expected = results(softmax_attention_reference, tensors, window, cuts)
+    actual = results(softmax_attention, tensors, window, cuts)
+    op.plan_tiles.cache_clear()
+    for name, a, e in zip(("out", "dq", "dk", "dv"), actual, expected, strict=True):
+        assert_close(a, e, "fp64", name)
+
+
+@pytest.mark.parametrize("window", [0, 5, 30])
+def test_queries_after_a_memory_equal_the_last_rows(window):
+    q, k, v = operands(2, 40, 8, 8)
+    expected = softmax_attention(q, k, v, window)[:, -7:]
+    assert_close(softmax_attention_after(q[:, -7:], k, v, window, 8**-0.5), expected, "fp64")
+
+
+def test_log_sum_exp_of_a_tile_is_natural():
+    q, k, v = (x[0].transpose(0, 1) for x in operands(1, 6, 8, 8, key_heads=4))
+    tile = op.Tile(0, 0, 6, 0)
+    _, lse_HT = op.tile_forward(q, k, v, tile, 0.3)
+    scores_HTT = (q @ k.mT * 0.3).masked_fill(~torch.ones(6, 6).tril().bool(), -torch.inf)
+    assert_close(lse_HT, scores_HTT.logsumexp(-1), "fp64")
+
+
+def test_heads_that_do_not_divide_are_refused():
+    q, k, v = operands(1, 6, 8, 8, key_heads=3)
+    with pytest.raises(ValueError, match="heads that divide"):
+        softmax_attention(q, k, v)

@@ -1,0 +1,158 @@
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from longctx.config import apply_overrides
+from longctx.errors import InputError
+from longctx.train import trainer as trainer_module
+from longctx.train.settings import Settings, load_settings
+from longctx.train.trainer import train
+
+SMALL = {
+    "train.seq_len": 48,
+    "train.batch_size": 4,
+    "train.steps": 6,
+    "model.width": 32,
+    "optim.warmup_steps": 2,
+    "eval.every": 4,
+    "eval.sequences": 3,
+}
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for i in range(12):
+        text = " ".join(f"{i} times {n} is {i * n};" for n in range(40))
+        (folder / f"{i}.txt").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def settings(tmp_path, corpus):
+    def make(name: str = "run", **changes) -> Settings:
+        options = SMALL | {"run.dir": tmp_path / name, "data.path": corpus}
+        options |= {key.replace("__", "."): value for key, value in changes.items()}
+        argv = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+        return apply_overrides(load_settings("tiny"), argv, "test")
+
+    return make
+
+
+def rows(settings: Settings) -> list[dict]:
+    return [json.loads(x) for x in (settings.run.path / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(settings: Settings) -> list[float]:
+    return [row["loss"] for row in rows(settings)]
+
+
+def test_run_directory_holds_what_is_promised(settings):
+    config = settings()
+    assert train(config) == ""
+    names = {path.name for path in config.run.path.iterdir()}
+    assert {"config.toml", "metrics.jsonl", "summary.json", "environment.json", "log.txt"} <= names
+    assert (config.run.path / "checkpoints" / "step-6").is_dir()
+    fields = {"step", "loss", "tokens", "seconds", "tokens_per_second", "mfu", "grad_norm", "lr"}
+    fields |= {"peak_memory_bytes", "exchange_bytes", "exchange_calls"}
+    assert all(fields <= set(row) for row in rows(config))
+    assert [row["step"] for row in rows(config) if "val_loss" in row] == [4, 6]
+    summary = json.loads((config.run.path / "summary.json").read_text())
+    assert summary["val_loss"] == rows(config)[-1]["val_loss"]
+    assert summary["tokens"] == 6 * 4 * 48
+
+
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(settings):
+    whole, parts = settings("whole"), settings("parts", train__stop_after=3)
+    train(whole)
+    train(parts)
+    assert len(rows(parts)) == 3
+    train(settings("parts"))
+    assert losses(parts) == losses(whole)
+    files = [c.run.path / "checkpoints/step-6/optimizer.safetensors" for c in (whole, parts)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_rows_after_the_checkpoint_are_written_once(settings):
+    config = settings(train__stop_after=3)
+    train(config)
+    with (config.run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "loss": 1.0}\n{"step": 5, "lo')
+    train(settings())
+    assert [row["step"] for row in rows(config)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_signal_saves_and_the_same_command_goes_on(settings, monkeypatch):
+    config, whole = settings("stopped"), settings("whole")
+    step = trainer_module.Trainer.step
+
+    def step_and_signal(self):
+        row = step(self)
+        if row["step"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return row
+
+    monkeypatch.setattr(trainer_module.Trainer, "step", step_and_signal)
+    assert train(config) == "SIGTERM"
+    monkeypatch.undo()
+    torch.set_num_threads(1)
+    assert len(rows(config)) == 2
+    train(config)
+    train(whole)
+    assert losses(config) == losses(whole)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("train__steps", 7), ("run__seed", 1), ("optim__lr", 0.1), ("model__mixers.L.decay", "paper")],
+)
+def test_another_run_in_the_directory_is_refused(settings, field, value):
+    config = settings(train__stop_after=1)
+    train(config)
+    before = (config.run.path / "metrics.jsonl").read_bytes()
+    with pytest.raises(InputError, match=field.replace("__", ".")):
+        train(settings(**{field: value}))
+    assert (config.run.path / "metrics.jsonl").read_bytes() == before
+
+
+def test_changed_data_are_refused(settings, corpus):
+    train(settings(train__stop_after=1))
+    (corpus / "0.txt").write_text("other text")
+    with pytest.raises(InputError, match="other data"):
+        train(settings())
+
+
+def test_a_directory_with_other_files_is_refused(settings, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("mine")
+    with pytest.raises(InputError, match="holds files but no run"):
+        train(settings())
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_micro_batches_do_not_change_the_step(settings, micro_batch):
+    one, many = settings("one"), settings("many", train__micro_batch=micro_batch)
+    options = ["--train.precision", "fp64", "--model.mixers.S.balance_weight", "0"]
+    one, many = (apply_overrides(config, options, "test") for config in (one, many))
+    train(one)
+    train(many)
+    for a, b in zip(rows(one), rows(many), strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-10
+
+
+def test_weights_alone_start_a_new_run(settings):
+    first = settings("first")
+    train(first)
+    train(settings("second", run__init_from=first.run.path, train__steps=1))
+    assert losses(settings("second"))[0] < losses(first)[0]
+
+
+def test_init_from_a_missing_run_leaves_nothing(settings, tmp_path):
+    with pytest.raises(InputError, match="no checkpoint"):
+        train(settings(run__init_from=tmp_path / "nowhere"))
+    assert not (tmp_path / "run").exists()
