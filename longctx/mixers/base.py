@@ -9,7 +9,7 @@ the view. `core_reference` is the same map written token by token: the definitio
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,7 @@ class Mixer(nn.Module, ABC):
     """A token mixer with heads; forward returns Mixed."""
 
     num_heads: int
-    causal_selection: ClassVar[bool] = True
+    causal_selection: bool = True
     """False if which tokens take part at i can depend on tokens after i."""
 
     @abstractmethod
@@ -115,14 +115,14 @@ class Mixer(nn.Module, ABC):
 
     def forward(self, x_BTD: Tensor, view: SequenceView | None = None) -> Mixed:
         """Mixes `x`; without a view every row is one document."""
-        view = view or LocalView.whole(*x_BTD.shape[:2], device=x_BTD.device)
+        view = view or LocalView.whole(x_BTD.shape[0], x_BTD.shape[1], x_BTD.device)
         projected = self.project(x_BTD, view)
         y_BTHV = self.read(self.core(projected, view), projected)
         return Mixed(self.output(y_BTHV), self.losses(projected, view))
 
     def reference(self, x_BTD: Tensor, view: LocalView | None = None) -> Mixed:
         """The same through core_reference."""
-        view = view or LocalView.whole(*x_BTD.shape[:2], device=x_BTD.device)
+        view = view or LocalView.whole(x_BTD.shape[0], x_BTD.shape[1], x_BTD.device)
         projected = self.project(x_BTD, view)
         y_BTHV = self.read(self.core_reference(projected, view), projected)
         return Mixed(self.output(y_BTHV), self.losses(projected, view))
@@ -142,11 +142,6 @@ class Mixer(nn.Module, ABC):
 def split_heads(x_BTM: Tensor, num_heads: int) -> Tensor:
     """`[B, T, H * D]` to `[B, T, H, D]`."""
     return x_BTM.unflatten(-1, (num_heads, -1))
-
-
-def common_dtype(*tensors: Tensor) -> list[Tensor]:
-    """Tensors in the dtype that autocast chose for the last of them."""
-    return [x.to(tensors[-1].dtype) for x in tensors]
 
 
 class RMSNorm(nn.Module):

@@ -15,8 +15,8 @@ from longctx_kernels.decay_attention import decay_attention, decay_attention_ref
 from torch import Tensor, nn
 
 from longctx.errors import InputError
-from longctx.mixers.base import HeadsConfig, Mixer, Place, RMSNorm, common_dtype, split_heads
-from longctx.sequence.view import LocalView, SequenceView
+from longctx.mixers.base import HeadsConfig, Mixer, Place, RMSNorm, split_heads
+from longctx.sequence.view import LocalView, SequenceView, one_row
 
 
 class FeatureMap(NamedTuple):
@@ -120,25 +120,25 @@ class Linear(Mixer):
         if self.config.denominator:
             v_BTHV = F.pad(v_BTHV, (0, 1), value=1.0)
         gate = None if self.gate is None else split_heads(self.gate(x_BTD), self.num_heads)
-        return LinearParts(*common_dtype(q_BTHK, k_BTHK, v_BTHV), gate)
+        return LinearParts(q_BTHK.type_as(v_BTHV), k_BTHK.type_as(v_BTHV), v_BTHV, gate)
 
     def core(self, projected: LinearParts, view: SequenceView) -> Tensor:
-        y_BTHV = view.decay_attention(*projected[:3], self.log_decay_H)
-        return self._divide(y_BTHV)
+        q_BTHK, k_BTHK, v_BTHV, _ = projected
+        return self._divide(view.decay_attention(q_BTHK, k_BTHK, v_BTHV, self.log_decay_H))
 
     def core_reference(self, projected: LinearParts, view: LocalView) -> Tensor:
-        flat = (x.flatten(0, 1)[None] for x in projected[:3])
-        cuts = torch.tensor(view.cuts)
-        y, _ = decay_attention_reference(*flat, self.log_decay_H, scale=1.0, cu_seqlens=cuts)
-        return self._divide(y.view(view.batch, view.length, *y.shape[2:]))
+        q, k, v = (one_row(x) for x in projected[:3])
+        y, _ = decay_attention_reference(
+            q, k, v, self.log_decay_H, scale=1.0, cu_seqlens=view.cu_seqlens
+        )
+        return self._divide(y.view_as(projected.v_BTHV))
 
-    def advance(self, projected: LinearParts, memory: Tensor | None) -> tuple[Tensor, Tensor]:
+    def advance(
+        self, projected: LinearParts, memory: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        q_BTHK, k_BTHK, v_BTHV, _ = projected
         y_BTHV, memory = decay_attention(
-            *projected[:3],
-            self.log_decay_H,
-            scale=1.0,
-            initial_state=memory,
-            output_final_state=True,
+            q_BTHK, k_BTHK, v_BTHV, self.log_decay_H, 1.0, memory, output_final_state=True
         )
         return self._divide(y_BTHV), memory
 

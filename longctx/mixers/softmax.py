@@ -11,8 +11,8 @@ from longctx_kernels.softmax_attention import (
 from torch import Tensor, nn
 
 from longctx.errors import InputError
-from longctx.mixers.base import HeadsConfig, Mixer, Place, RMSNorm, common_dtype, split_heads
-from longctx.sequence.view import LocalView, SequenceView
+from longctx.mixers.base import HeadsConfig, Mixer, Place, RMSNorm, split_heads
+from longctx.sequence.view import LocalView, SequenceView, one_row
 
 
 @dataclass(frozen=True)
@@ -90,19 +90,20 @@ class Softmax(Mixer):
         q_BTHK = self.query_norm(split_heads(self.query(x_BTD), self.num_heads))
         k_BTJK = self.key_norm(split_heads(self.key(x_BTD), self.num_kv_heads))
         v_BTJV = split_heads(self.value(x_BTD), self.num_kv_heads)
-        position = (view.positions_BT, self.config.rope_base, self.config.rope_fraction)
-        return SoftmaxParts(
-            *common_dtype(rotate(q_BTHK, *position), rotate(k_BTJK, *position), v_BTJV)
-        )
+        q_BTHK, k_BTJK = self._rotate(q_BTHK, view), self._rotate(k_BTJK, view)
+        return SoftmaxParts(q_BTHK.type_as(v_BTJV), k_BTJK.type_as(v_BTJV), v_BTJV)
+
+    def _rotate(self, x_BTHK: Tensor, view: SequenceView) -> Tensor:
+        config = self.config
+        return rotate(x_BTHK, view.positions_BT, config.rope_base, config.rope_fraction)
 
     def core(self, projected: SoftmaxParts, view: SequenceView) -> Tensor:
         return view.softmax_attention(*projected, self.config.window)
 
     def core_reference(self, projected: SoftmaxParts, view: LocalView) -> Tensor:
-        flat = (x.flatten(0, 1)[None] for x in projected)
-        cuts = torch.tensor(view.cuts)
-        y = softmax_attention_reference(*flat, self.config.window, cu_seqlens=cuts)
-        return y.view(view.batch, view.length, *y.shape[2:])
+        q, k, v = (one_row(x) for x in projected)
+        y = softmax_attention_reference(q, k, v, self.config.window, cu_seqlens=view.cu_seqlens)
+        return y.view(*projected.q_BTHK.shape[:3], -1)
 
     def advance(
         self, projected: SoftmaxParts, memory: tuple[Tensor, Tensor] | None

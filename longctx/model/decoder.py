@@ -26,7 +26,7 @@ class ModelConfig:
     pattern: str = "LLLS"
     """One letter a layer, repeated until depth is reached."""
     mixers: dict[str, MixerConfig]
-    """The mixer each letter of the pattern stands for."""
+    """The mixer each letter of the pattern stands for; letters may stay unused."""
     mlp_hidden: int = 0
     """Hidden size of the feed-forward layers; 0 means 8/3 of width, rounded up to 32."""
     tied_head: bool = True
@@ -48,8 +48,6 @@ class ModelConfig:
                     f"[model.mixers.{letter}] (there are: {known})"
                 )
         for letter, mixer in self.mixers.items():
-            if letter not in self.pattern:
-                raise InputError(f"model.mixers.{letter} is not used by model.pattern")
             mixer.check(self.width, f"model.mixers.{letter}")
         if self.mlp_hidden < 0:
             raise InputError(f"model.mlp_hidden = {self.mlp_hidden}: must be 0 or positive")

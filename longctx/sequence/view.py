@@ -13,6 +13,11 @@ from longctx_kernels.softmax_attention import softmax_attention
 from torch import Tensor
 
 
+def one_row(x_BTHD: Tensor) -> Tensor:
+    """Rows laid end to end, as operators with `cu_seqlens` want them."""
+    return x_BTHD.flatten(0, 1)[None]
+
+
 class SequenceView(ABC):
     """Tokens `[B, T]` of this process, cut into pieces that belong to one document each."""
 
@@ -56,22 +61,23 @@ class LocalView(SequenceView):
         return cls(torch.zeros(batch, length, dtype=torch.int32, device=device))
 
     @cached_property
-    def _cu_seqlens(self) -> Tensor:
+    def cu_seqlens(self) -> Tensor:
+        """Cuts between documents in the rows laid end to end."""
         return torch.tensor(self.cuts, dtype=torch.int32)
 
     def decay_attention(
         self, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, log_decay_H: Tensor | None
     ) -> Tensor:
-        flat = (x.flatten(0, 1)[None] for x in (q_BTHK, k_BTHK, v_BTHV))
-        out, _ = decay_attention(*flat, log_decay_H, scale=1.0, cu_seqlens=self._cu_seqlens)
-        return out.view(self.batch, self.length, *out.shape[2:])
+        q, k, v = one_row(q_BTHK), one_row(k_BTHK), one_row(v_BTHV)
+        out, _ = decay_attention(q, k, v, log_decay_H, scale=1.0, cu_seqlens=self.cu_seqlens)
+        return out.view_as(v_BTHV)
 
     def softmax_attention(
         self, q_BTHK: Tensor, k_BTJK: Tensor, v_BTJV: Tensor, window: int
     ) -> Tensor:
-        flat = (x.flatten(0, 1)[None] for x in (q_BTHK, k_BTJK, v_BTJV))
-        out = softmax_attention(*flat, window=window, cu_seqlens=self._cu_seqlens)
-        return out.view(self.batch, self.length, *out.shape[2:])
+        q, k, v = one_row(q_BTHK), one_row(k_BTJK), one_row(v_BTJV)
+        out = softmax_attention(q, k, v, window, cu_seqlens=self.cu_seqlens)
+        return out.view(*q_BTHK.shape[:3], -1)
 
     def reduce_mean(self, x_BTE: Tensor) -> Tensor:
         return x_BTE.flatten(0, 1).mean(0)
