@@ -36,7 +36,7 @@ demo: $(STAMPS)/longctx ## train a small hybrid model into runs/demo and sample 
 		rm -rf runs/demo-previous && mv runs/demo runs/demo-previous; \
 	fi
 	@echo 'Training into runs/demo: up to 3 minutes on 2 cores. Ctrl-C saves; make demo resumes.'
-	@PATH="$(CURDIR)/$(BIN):$$PATH" launch/local.sh tiny --run.dir runs/demo
+	@PATH="$$(cd $(BIN) && pwd):$$PATH" launch/local.sh tiny --run.dir runs/demo
 	@echo 'A sample:'
 	@$(BIN)/longctx generate runs/demo --prompt 'def ' --output runs/demo/sample.txt
 	@echo 'Results:'
@@ -68,7 +68,7 @@ bench: $(STAMPS)/bench ## time the training step and every mixer on this CPU
 golden: $(STAMPS)/dev ## regenerate tests/golden; review the difference
 	$(BIN)/python tests/golden.py
 
-clean: ## remove build products and caches; keeps $(VENV) and runs
+clean: ## remove build products and caches; keeps .venv and runs
 	rm -rf build dist longctx.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find longctx kernels tests -name __pycache__ -prune -exec rm -rf {} +
