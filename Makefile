@@ -65,8 +65,8 @@ fix: $(STAMPS)/dev ## mend what ruff can mend
 bench: $(STAMPS)/bench ## time the training step and every mixer on this CPU
 	$(BIN)/python kernels/bench/cpu.py
 
-golden: $(STAMPS)/dev ## regenerate tests/golden; review the difference
-	$(BIN)/python tests/golden.py
+golden: $(STAMPS)/dev ## regenerate tests/golden; review what it changes
+	$(BIN)/python -m tests.goldens
 
 clean: ## remove build products and caches; keeps .venv and runs
 	rm -rf build dist longctx.egg-info

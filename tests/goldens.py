@@ -62,10 +62,10 @@ def config_surface() -> str:
 
 def _list_fields(config_class: type, prefix: str, lines: list[str]) -> None:
     for field in dataclasses.fields(config_class):
-        if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
-            if not issubclass(field.type, MixerConfig):
-                _list_fields(field.type, f"{prefix}{field.name}.", lines)
-                continue
+        is_table = isinstance(field.type, type) and dataclasses.is_dataclass(field.type)
+        if is_table and not issubclass(field.type, MixerConfig):
+            _list_fields(field.type, f"{prefix}{field.name}.", lines)
+            continue
         default = "required" if field.default is dataclasses.MISSING else repr(field.default)
         kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)
         lines.append(f"{prefix}{field.name}: {kind} = {default}")

@@ -133,6 +133,11 @@ def test_the_readme_describes_every_table():
         assert f"| `[{field.name}]` |" in README
 
 
+def test_the_readme_names_every_preset():
+    for path in (ROOT / "configs").glob("*.toml"):
+        assert f"`{path.stem}`" in README
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_file_of_the_library_is_short(path):
     assert len(path.read_text().splitlines()) <= MOST_LINES

@@ -78,64 +78,127 @@ def decay_attention(
 
 
 class _DecayAttention(torch.autograd.Function):
-    """Slab after slab; only the states between slabs are kept for the backward pass."""
-
     @staticmethod
     def forward(ctx, q_THK, k_THK, v_THV, g_H, scale, initial_state, cuts, output_final_state):
-        dtype = g_H.dtype
-        H, K = q_THK.shape[1:]
-        V = v_THV.shape[-1]
-        slabs = plan_slabs(cuts, CHUNK, max(CHUNK, SLAB_ELEMENTS // (H * max(K, V))))
-        out_THV = torch.empty_like(v_THV, memory_format=torch.contiguous_format)
-        state_HKV = torch.zeros(H, K, V, dtype=dtype, device=q_THK.device)
-        boundary_SHKV = state_HKV.new_empty(len(slabs), H, K, V)
-        final_NHKV = state_HKV.new_empty(len(cuts) - 1, H, K, V) if output_final_state else None
-        with torch.autocast(q_THK.device.type, enabled=False):
-            for i, slab in enumerate(slabs):
-                boundary_SHKV[i] = state_HKV
-                decay = _Decay(slab, g_H)
-                q = slab.load(q_THK, dtype).mul_(scale)
-                k, v = slab.load(k_THK, dtype), slab.load(v_THV, dtype)
-                starts, state_HKV = _states(slab, decay, k, v, state_HKV, initial_state, final_NHKV)
-                scores = (q @ k.mT).mul_(decay.between)
-                out = (scores @ v).add_((q * decay.since_start) @ starts)
-                slab.store(out_THV, out.to(out_THV.dtype))
-        ctx.save_for_backward(q_THK, k_THK, v_THV, g_H, boundary_SHKV, initial_state)
-        ctx.scale, ctx.slabs = scale, slabs
+        operands = q_THK, k_THK, v_THV, g_H
+        out_THV, boundary_SHKV, final_NHKV = decay_forward(
+            operands, scale, cuts, initial_state, output_final_state
+        )
+        ctx.save_for_backward(*operands, boundary_SHKV, initial_state)
+        ctx.scale, ctx.cuts = scale, cuts
         return out_THV, final_NHKV
 
     @staticmethod
     def backward(ctx, dout_THV, dfinal_NHKV):
-        q_THK, k_THK, v_THV, g_H, boundary_SHKV, initial_state = ctx.saved_tensors
-        dtype, scale = g_H.dtype, ctx.scale
-        dq_THK, dk_THK, dv_THV = (
-            torch.empty_like(x, memory_format=torch.contiguous_format)
-            for x in (q_THK, k_THK, v_THV)
+        *operands, boundary_SHKV, initial_state = ctx.saved_tensors
+        dq, dk, dv, dinitial = decay_backward(
+            dout_THV, operands, ctx.scale, ctx.cuts, boundary_SHKV, initial_state, dfinal_NHKV
         )
-        dinitial = None if initial_state is None else torch.empty_like(initial_state)
-        dstate_HKV = torch.zeros_like(boundary_SHKV[0])
-        with torch.autocast(q_THK.device.type, enabled=False):
-            for slab, state_HKV in zip(reversed(ctx.slabs), reversed(boundary_SHKV.unbind())):
-                decay = _Decay(slab, g_H)
-                q = slab.load(q_THK, dtype).mul_(scale)
-                k, v, dout = (slab.load(x, dtype) for x in (k_THK, v_THV, dout_THV))
-                starts, _ = _states(slab, decay, k, v, state_HKV, initial_state, None)
-                ends, dstate_HKV = _state_gradients(
-                    slab,
-                    decay,
-                    (q * decay.since_start).mT @ dout,
-                    dstate_HKV,
-                    dfinal_NHKV,
-                    dinitial,
-                )
-                scores = (q @ k.mT).mul_(decay.between)
-                dscores = (dout @ v.mT).mul_(decay.between)
-                dq = (dscores @ k).add_((dout @ starts.mT).mul_(decay.since_start))
-                dk = (dscores.mT @ q).add_((v @ ends.mT).mul_(decay.until_end))
-                dv = (scores.mT @ dout).add_((k * decay.until_end) @ ends)
-                for x_THD, x in ((dq_THK, dq.mul_(scale)), (dk_THK, dk), (dv_THV, dv)):
-                    slab.store(x_THD, x.to(x_THD.dtype))
-        return dq_THK, dk_THK, dv_THV, None, None, dinitial, None, None
+        return dq, dk, dv, None, None, dinitial, None, None
+
+
+def decay_forward(operands, scale, cuts, initial_state=None, output_final_state=False):
+    """Output, the states between slabs that `decay_backward` wants, and final states if asked.
+
+    Operands are q, k, v `[T, H, D]` and the log decay `[H]` in at least fp32.
+    """
+    q_THK, k_THK, v_THV, g_H = operands
+    dtype = g_H.dtype
+    slabs = _slabs(cuts, q_THK, v_THV)
+    out_THV = torch.empty_like(v_THV, memory_format=torch.contiguous_format)
+    state_HKV = g_H.new_zeros(*q_THK.shape[1:], v_THV.shape[-1])
+    boundary_SHKV = state_HKV.new_empty(len(slabs), *state_HKV.shape)
+    final_NHKV = None
+    if output_final_state:
+        final_NHKV = state_HKV.new_empty(len(cuts) - 1, *state_HKV.shape)
+    with torch.autocast(q_THK.device.type, enabled=False):
+        for i, slab in enumerate(slabs):
+            boundary_SHKV[i] = state_HKV
+            decay = _Decay(slab, g_H)
+            q = slab.load(q_THK, dtype).mul_(scale)
+            k, v = slab.load(k_THK, dtype), slab.load(v_THV, dtype)
+            starts, state_HKV = _states(slab, decay, k, v, state_HKV, initial_state, final_NHKV)
+            scores = (q @ k.mT).mul_(decay.between)
+            out = (scores @ v).add_((q * decay.since_start) @ starts)
+            slab.store(out_THV, out.to(out_THV.dtype))
+    return out_THV, boundary_SHKV, final_NHKV
+
+
+def decay_backward(
+    dout_THV, operands, scale, cuts, boundary_SHKV, initial_state=None, dfinal_NHKV=None
+):
+    """Gradients of q, k, v and the initial states, slab after slab from the right."""
+    q_THK, k_THK, v_THV, g_H = operands
+    dtype = g_H.dtype
+    dq_THK, dk_THK, dv_THV = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_THK, k_THK, v_THV)
+    )
+    dinitial = None if initial_state is None else torch.empty_like(initial_state)
+    dstate_HKV = torch.zeros_like(boundary_SHKV[0])
+    with torch.autocast(q_THK.device.type, enabled=False):
+        slabs = _slabs(cuts, q_THK, v_THV)
+        for slab, state_HKV in zip(reversed(slabs), reversed(boundary_SHKV.unbind())):
+            decay = _Decay(slab, g_H)
+            q = slab.load(q_THK, dtype).mul_(scale)
+            k, v, dout = (slab.load(x, dtype) for x in (k_THK, v_THV, dout_THV))
+            starts, _ = _states(slab, decay, k, v, state_HKV, initial_state, None)
+            ends, dstate_HKV = _state_gradients(
+                slab, decay, (q * decay.since_start).mT @ dout, dstate_HKV, dfinal_NHKV, dinitial
+            )
+            scores = (q @ k.mT).mul_(decay.between)
+            dscores = (dout @ v.mT).mul_(decay.between)
+            dq = (dscores @ k).add_((dout @ starts.mT).mul_(decay.since_start))
+            dk = (dscores.mT @ q).add_((v @ ends.mT).mul_(decay.until_end))
+            dv = (scores.mT @ dout).add_((k * decay.until_end) @ ends)
+            for x_THD, x in ((dq_THK, dq.mul_(scale)), (dk_THK, dk), (dv_THV, dv)):
+                slab.store(x_THD, x.to(x_THD.dtype))
+    return dq_THK, dk_THK, dv_THV, dinitial
+
+
+def final_state(k_THK: Tensor, v_THV: Tensor, g_H: Tensor) -> Tensor:
+    """State `[H, K, V]` after one range of tokens that starts from zero."""
+    k_HTK, v_HTV = _by_head(k_THK, g_H), _by_head(v_THV, g_H)
+    return (k_HTK * _until_end(k_THK, g_H)).mT @ v_HTV
+
+
+def final_state_backward(
+    dstate_HKV: Tensor, k_THK: Tensor, v_THV: Tensor, g_H: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `final_state` with respect to k and v."""
+    k_HTK, v_HTV, decay_HT1 = _by_head(k_THK, g_H), _by_head(v_THV, g_H), _until_end(k_THK, g_H)
+    dk_HTK = (v_HTV @ dstate_HKV.mT).mul_(decay_HT1)
+    return dk_HTK.transpose(0, 1), ((k_HTK * decay_HT1) @ dstate_HKV).transpose(0, 1)
+
+
+def read_state(q_THK: Tensor, state_HKV: Tensor, g_H: Tensor, scale: float) -> Tensor:
+    """What one range of tokens reads from the state that precedes it: `[T, H, V]`."""
+    q_HTK = _by_head(q_THK, g_H) * (scale * _since_start(q_THK, g_H))
+    return (q_HTK @ state_HKV).transpose(0, 1)
+
+
+def read_state_backward(dout_THV: Tensor, q_THK: Tensor, g_H: Tensor, scale: float) -> Tensor:
+    """Gradient of `read_state` with respect to the state; that of q is `read_state` of dout."""
+    q_HTK = _by_head(q_THK, g_H) * (scale * _since_start(q_THK, g_H))
+    return q_HTK.mT @ _by_head(dout_THV, g_H)
+
+
+def _by_head(x_THD: Tensor, g_H: Tensor) -> Tensor:
+    return x_THD.to(g_H.dtype).transpose(0, 1)
+
+
+def _since_start(x_THD: Tensor, g_H: Tensor) -> Tensor:
+    steps_T = torch.arange(1, x_THD.shape[0] + 1, dtype=g_H.dtype, device=g_H.device)
+    return (g_H[:, None] * steps_T).exp()[..., None]
+
+
+def _until_end(x_THD: Tensor, g_H: Tensor) -> Tensor:
+    steps_T = torch.arange(x_THD.shape[0] - 1, -1, -1, dtype=g_H.dtype, device=g_H.device)
+    return (g_H[:, None] * steps_T).exp()[..., None]
+
+
+def _slabs(cuts: tuple[int, ...], q_THK: Tensor, v_THV: Tensor) -> tuple[Slab, ...]:
+    row = q_THK.shape[1] * max(q_THK.shape[2], v_THV.shape[2])
+    return plan_slabs(cuts, CHUNK, max(CHUNK, SLAB_ELEMENTS // row))
 
 
 class _Decay:

@@ -59,83 +59,117 @@ def softmax_attention(
         )
     scale = K**-0.5 if scale is None else scale
     tiles = plan_tiles(piece_cuts(B, T, cu_seqlens), window)
-    flat = (x.flatten(0, 1).transpose(0, 1) for x in (q, k, v))
-    return _SoftmaxAttention.apply(*flat, tiles, scale).transpose(0, 1).unflatten(0, (B, T))
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    return attend_tiles(q, k, v, tiles, scale).unflatten(0, (B, T))
+
+
+def attend_tiles(
+    q_MHK: Tensor,
+    k_NJK: Tensor,
+    v_NJV: Tensor,
+    tiles: "tuple[Tile, ...]",
+    scale: float | None = None,
+) -> Tensor:
+    """Attention of M queries to N keys as these tiles say."""
+    scale = q_MHK.shape[-1] ** -0.5 if scale is None else scale
+    by_head = (x.transpose(0, 1) for x in (q_MHK, k_NJK, v_NJV))
+    return _SoftmaxAttention.apply(*by_head, tiles, scale).transpose(0, 1)
 
 
 @torch.no_grad()
 def softmax_attention_after(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
     """Generation: the T queries are those of the last T keys. No gradient."""
-    tile = Tile(k.shape[1] - q.shape[1], 0, k.shape[1], window)
-    rows = [
-        tile_forward(*(x.transpose(0, 1) for x in row), tile, scale)[0]
-        for row in zip(q, k, v, strict=True)
-    ]
+    lead = k.shape[1] - q.shape[1]
+    tile = Tile(0, q.shape[1], 0, k.shape[1], lead, window)
+    rows = [tile_forward(*(x.transpose(0, 1) for x in row), tile, scale)[0] for row in zip(q, k, v)]
     return torch.stack(rows).transpose(1, 2)
+
+
+FULL = -1
+"""The `lead` of a tile in which every query sees every key."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A range of queries and the range of keys it meets; both end at the same token."""
+    """A range of queries, a range of keys, and who sees whom.
+
+    Query i of the tile sees key j if `0 <= lead + i - j`, and `< window` if there is a window.
+    The first tile of a query must leave none of its queries without a key; others are merged.
+    """
 
     query_start: int
+    query_stop: int
     key_start: int
-    stop: int
-    window: int
+    key_stop: int
+    lead: int
+    window: int = 0
+    first: bool = True
 
     @property
     def queries(self) -> slice:
-        return slice(self.query_start, self.stop)
+        return slice(self.query_start, self.query_stop)
 
     @property
     def keys(self) -> slice:
-        return slice(self.key_start, self.stop)
+        return slice(self.key_start, self.key_stop)
 
     @property
     def is_causal_square(self) -> bool:
-        return self.query_start == self.key_start and not self.window
+        sizes_agree = self.query_stop - self.query_start == self.key_stop - self.key_start
+        return self.lead == 0 and not self.window and sizes_agree
 
-    def mask(self, like: Tensor) -> Tensor | None:
-        """Additive mask; none where the tile is a plain causal square."""
-        if self.is_causal_square:
+    def mask(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """Additive mask; none where every query sees every key."""
+        if self.lead == FULL:
             return None
-        sizes = (self.stop - self.query_start, self.stop - self.key_start)
-        return _band_mask(*sizes, self.window, like.dtype, like.device)
+        sizes = (self.query_stop - self.query_start, self.key_stop - self.key_start)
+        return _band_mask(*sizes, self.lead, self.window, dtype, device)
 
 
 @lru_cache(maxsize=8)
-def _band_mask(queries: int, keys: int, window: int, dtype, device) -> Tensor:
-    i = torch.arange(keys - queries, keys, device=device)[:, None]
-    j = torch.arange(keys, device=device)
-    hidden = (j > i) | ((i - j >= window) if window else False)
+def _band_mask(queries: int, keys: int, lead: int, window: int, dtype, device) -> Tensor:
+    distance = lead + torch.arange(queries, device=device)[:, None]
+    distance = distance - torch.arange(keys, device=device)
+    hidden = (distance < 0) | ((distance >= window) if window else False)
     return torch.zeros(queries, keys, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
 
 
 @lru_cache(maxsize=64)
 def plan_tiles(cuts: tuple[int, ...], window: int) -> tuple[Tile, ...]:
-    """One causal square a piece, or bands of queries with just the keys a window lets them see."""
+    """Tiles of whole pieces."""
+    return tuple(
+        tile
+        for begin, end in zip(cuts, cuts[1:])
+        for tile in piece_tiles(begin, end, begin, 0, window)
+    )
+
+
+def piece_tiles(begin: int, end: int, own_key: int, before: int, window: int) -> list[Tile]:
+    """Tiles of queries `begin..end` whose own keys lie from `own_key` on, after `before` more.
+
+    One causal square and what lies before it, or bands with just the keys that a window shows.
+    """
+    length = end - begin
+    if not window or before + length <= window:
+        tiles = [Tile(begin, end, own_key, own_key + length, 0)]
+        if before:
+            tiles.append(Tile(begin, end, own_key - before, own_key, FULL, first=False))
+        return tiles
     tiles = []
-    for begin, end in zip(cuts, cuts[1:]):
-        if not window or end - begin <= window:
-            tiles.append(Tile(begin, begin, end, 0))
-            continue
-        for start in range(begin, end, QUERY_TILE):
-            tiles.append(
-                Tile(start, max(begin, start + 1 - window), min(end, start + QUERY_TILE), window)
-            )
-    return tuple(tiles)
+    for start in range(0, length, QUERY_TILE):
+        stop = min(length, start + QUERY_TILE)
+        seen = max(-before, start + 1 - window)
+        keys = (own_key + seen, own_key + stop)
+        tiles.append(Tile(begin + start, begin + stop, *keys, start - seen, window))
+    return tiles
 
 
 class _SoftmaxAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_HTK, k_JTK, v_JTV, tiles, scale):
         out_HTV = v_JTV.new_empty(*q_HTK.shape[:2], v_JTV.shape[-1])
-        dtype = torch.promote_types(q_HTK.dtype, torch.float32)
-        lse_HT = torch.empty(q_HTK.shape[:2], dtype=dtype, device=q_HTK.device)
-        for tile in tiles:
-            out_HTV[:, tile.queries], lse_HT[:, tile.queries] = tile_forward(
-                q_HTK[:, tile.queries], k_JTK[:, tile.keys], v_JTV[:, tile.keys], tile, scale
-            )
+        lse_HT = torch.empty(q_HTK.shape[:2], dtype=_wide(q_HTK), device=q_HTK.device)
+        attend((q_HTK, k_JTK, v_JTV), (out_HTV, lse_HT), tiles, scale)
         ctx.save_for_backward(q_HTK, k_JTK, v_JTV, out_HTV, lse_HT)
         ctx.tiles, ctx.scale = tiles, scale
         return out_HTV
@@ -143,20 +177,55 @@ class _SoftmaxAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout_HTV):
         q_HTK, k_JTK, v_JTV, out_HTV, lse_HT = ctx.saved_tensors
-        dq_HTK = torch.empty_like(q_HTK, memory_format=torch.contiguous_format)
-        dk_JTK, dv_JTV = (torch.zeros_like(x, dtype=lse_HT.dtype) for x in (k_JTK, v_JTV))
-        for tile in ctx.tiles:
-            dq, dk, dv = tile_backward(
-                dout_HTV[:, tile.queries],
-                (q_HTK[:, tile.queries], k_JTK[:, tile.keys], v_JTV[:, tile.keys]),
-                (out_HTV[:, tile.queries], lse_HT[:, tile.queries]),
-                tile,
-                ctx.scale,
-            )
-            dq_HTK[:, tile.queries] = dq
-            dk_JTK[:, tile.keys] += dk
-            dv_JTV[:, tile.keys] += dv
-        return dq_HTK, dk_JTK.to(k_JTK.dtype), dv_JTV.to(v_JTV.dtype), None, None
+        grads = tuple(torch.zeros_like(x, dtype=lse_HT.dtype) for x in (q_HTK, k_JTK, v_JTV))
+        saved = (out_HTV, lse_HT)
+        attend_backward(dout_HTV, (q_HTK, k_JTK, v_JTV), saved, grads, ctx.tiles, ctx.scale)
+        return *(dx.to(x.dtype) for dx, x in zip(grads, (q_HTK, k_JTK, v_JTV))), None, None
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def attend(operands, results, tiles, scale) -> None:
+    """Computes tiles of q, k, v into (out, lse); queries met before are merged."""
+    (q_HTK, k_JTK, v_JTV), (out_HTV, lse_HT) = operands, results
+    for tile in tiles:
+        rows = tile.queries
+        out, lse = tile_forward(
+            q_HTK[:, rows], k_JTK[:, tile.keys], v_JTV[:, tile.keys], tile, scale
+        )
+        if not tile.first:
+            out, lse = merge((out_HTV[:, rows], lse_HT[:, rows]), (out, lse))
+        out_HTV[:, rows], lse_HT[:, rows] = out, lse
+
+
+def attend_backward(dout_HTV, operands, results, gradients, tiles, scale) -> None:
+    """Adds the gradients of tiles to those of q, k, v, given the final (out, lse)."""
+    (q_HTK, k_JTK, v_JTV), (out_HTV, lse_HT) = operands, results
+    dq_HTK, dk_JTK, dv_JTV = gradients
+    for tile in tiles:
+        rows, keys = tile.queries, tile.keys
+        dq, dk, dv = tile_backward(
+            dout_HTV[:, rows],
+            (q_HTK[:, rows], k_JTK[:, keys], v_JTV[:, keys]),
+            (out_HTV[:, rows], lse_HT[:, rows]),
+            tile,
+            scale,
+        )
+        dq_HTK[:, rows] += dq
+        dk_JTK[:, keys] += dk
+        dv_JTV[:, keys] += dv
+
+
+def merge(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Joins two (out, lse) of the same queries over disjoint keys; two empty ones stay empty."""
+    (left_out, left_lse), (right_out, right_lse) = left, right
+    lse_HT = torch.logaddexp(left_lse, right_lse)
+    finite_HT = lse_HT.masked_fill(lse_HT == -torch.inf, 0.0)
+    left_share = (left_lse - finite_HT).exp()[..., None]
+    right_share = (right_lse - finite_HT).exp()[..., None]
+    return left_out * left_share + right_out * right_share, lse_HT
 
 
 def _has_flash(q_HTK: Tensor, v_JTV: Tensor) -> bool:
@@ -165,10 +234,9 @@ def _has_flash(q_HTK: Tensor, v_JTV: Tensor) -> bool:
 
 def tile_forward(q_HTK, k_JTK, v_JTV, tile, scale) -> tuple[Tensor, Tensor]:
     """Output and natural log-sum-exp of one tile."""
-    mask = tile.mask(q_HTK)
     if _has_flash(q_HTK, v_JTV):
         out, lse = _FLASH(
-            q_HTK[None], k_JTK[None], v_JTV[None], 0.0, mask is None, attn_mask=mask, scale=scale
+            q_HTK[None], k_JTK[None], v_JTV[None], **_flash_options(q_HTK, tile, scale)
         )
         return out[0], lse[0]
     scores_HTJ, v_HJV = _scores(q_HTK, k_JTK, tile, scale), _per_query_head(q_HTK, v_JTV)
@@ -180,10 +248,10 @@ def tile_forward(q_HTK, k_JTK, v_JTV, tile, scale) -> tuple[Tensor, Tensor]:
 def tile_backward(dout_HTV, operands, results, tile, scale) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of one tile's q, k, v, given the final output and log-sum-exp of its queries."""
     (q_HTK, k_JTK, v_JTV), (out_HTV, lse_HT) = operands, results
-    mask = tile.mask(q_HTK)
     if _has_flash(q_HTK, v_JTV):
-        saved = (x[None] for x in (dout_HTV, q_HTK, k_JTK, v_JTV, out_HTV, lse_HT))
-        grads = _FLASH_BACKWARD(*saved, 0.0, mask is None, attn_mask=mask, scale=scale)
+        narrow = (x.to(q_HTK.dtype) for x in (dout_HTV, q_HTK, k_JTK, v_JTV, out_HTV))
+        saved = (x[None] for x in (*narrow, lse_HT))
+        grads = _FLASH_BACKWARD(*saved, **_flash_options(q_HTK, tile, scale))
         return tuple(x[0] for x in grads)
     dtype = lse_HT.dtype
     dout_HTV = dout_HTV.to(dtype)
@@ -197,14 +265,17 @@ def tile_backward(dout_HTV, operands, results, tile, scale) -> tuple[Tensor, Ten
 
 
 def _per_query_head(q_HTK: Tensor, x_JTD: Tensor) -> Tensor:
-    dtype = torch.promote_types(q_HTK.dtype, torch.float32)
-    return x_JTD.to(dtype).repeat_interleave(q_HTK.shape[0] // x_JTD.shape[0], 0)
+    return x_JTD.to(_wide(q_HTK)).repeat_interleave(q_HTK.shape[0] // x_JTD.shape[0], 0)
 
 
 def _scores(q_HTK: Tensor, k_JTK: Tensor, tile: Tile, scale: float) -> Tensor:
     k_HJK = _per_query_head(q_HTK, k_JTK)
     scores_HTJ = q_HTK.to(k_HJK.dtype) @ k_HJK.mT * scale
-    if tile.is_causal_square:
-        size = tile.stop - tile.query_start
-        return scores_HTJ + _band_mask(size, size, 0, scores_HTJ.dtype, scores_HTJ.device)
-    return scores_HTJ + tile.mask(scores_HTJ)
+    mask = tile.mask(scores_HTJ.dtype, scores_HTJ.device)
+    return scores_HTJ if mask is None else scores_HTJ + mask
+
+
+def _flash_options(q_HTK: Tensor, tile: Tile, scale: float) -> dict:
+    causal = tile.is_causal_square
+    mask = None if causal else tile.mask(q_HTK.dtype, q_HTK.device)
+    return {"dropout_p": 0.0, "is_causal": causal, "attn_mask": mask, "scale": scale}

@@ -105,11 +105,11 @@ class Mixer(nn.Module, ABC):
         """Forward FLOPs of core_reference over tokens that have `contexts_M` tokens of their
         document up to and with themselves."""
 
-    def read(self, y_BTHV: Tensor, projected: Any) -> Tensor:  # noqa: ARG002
+    def read(self, y_BTHV: Tensor, projected: Any) -> Tensor:
         """Per-head norm and gate after the core."""
         return y_BTHV
 
-    def losses(self, projected: Any, view: SequenceView) -> dict[str, Tensor]:  # noqa: ARG002
+    def losses(self, projected: Any, view: SequenceView) -> dict[str, Tensor]:
         """Weighted losses by name, each over all tokens of the view."""
         return {}
 

@@ -112,7 +112,7 @@ class Linear(Mixer):
         self.register_buffer("log_decay_H", log_decay(config.decay, H, place), persistent=False)
         self.state_size = K * (V + config.denominator)
 
-    def project(self, x_BTD: Tensor, view: SequenceView) -> LinearParts:  # noqa: ARG002
+    def project(self, x_BTD: Tensor, view: SequenceView) -> LinearParts:
         feature_map = FEATURE_MAPS[self.config.feature_map].apply
         v_BTHV = split_heads(self.value(x_BTD), self.num_heads)
         q_BTHK = feature_map(split_heads(self.query(x_BTD), self.num_heads))

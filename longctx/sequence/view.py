@@ -12,6 +12,8 @@ from longctx_kernels.decay_attention import decay_attention
 from longctx_kernels.softmax_attention import softmax_attention
 from torch import Tensor
 
+from longctx.sequence.plan import Documents
+
 
 def one_row(x_BTHD: Tensor) -> Tensor:
     """Rows laid end to end, as operators with `cu_seqlens` want them."""
@@ -19,10 +21,14 @@ def one_row(x_BTHD: Tensor) -> Tensor:
 
 
 class SequenceView(ABC):
-    """Tokens `[B, T]` of this process, cut into pieces that belong to one document each."""
+    """Tokens `[B, T]` of this process."""
 
     positions_BT: Tensor
     """Position of each token within its document."""
+
+    def at(self, layer: int) -> "SequenceView":
+        """The same view, named for what a layer exchanges."""
+        return self
 
     @abstractmethod
     def decay_attention(
@@ -59,6 +65,16 @@ class LocalView(SequenceView):
     def whole(cls, batch: int, length: int, device: torch.device | str = "cpu") -> "LocalView":
         """Every row is one document."""
         return cls(torch.zeros(batch, length, dtype=torch.int32, device=device))
+
+    @classmethod
+    def of_documents(
+        cls, documents: Documents, length: int, device: torch.device | str = "cpu"
+    ) -> "LocalView":
+        """Rows of `length` tokens in which documents start at these positions."""
+        documents_BT = torch.zeros(len(documents), length, dtype=torch.int32, device=device)
+        for row, starts in zip(documents_BT, documents):
+            row[list(starts)] = 1
+        return cls(documents_BT.cumsum(1))
 
     @cached_property
     def cu_seqlens(self) -> Tensor:

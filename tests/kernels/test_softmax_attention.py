@@ -51,7 +51,7 @@ def test_queries_after_a_memory_equal_the_last_rows(window):
 
 def test_log_sum_exp_of_a_tile_is_natural():
     q, k, v = (x[0].transpose(0, 1) for x in operands(1, 6, 8, 8, key_heads=4))
-    tile = op.Tile(0, 0, 6, 0)
+    tile = op.Tile(0, 6, 0, 6, lead=0)
     _, lse_HT = op.tile_forward(q, k, v, tile, 0.3)
     scores_HTT = (q @ k.mT * 0.3).masked_fill(~torch.ones(6, 6).tril().bool(), -torch.inf)
     assert_close(lse_HT, scores_HTT.logsumexp(-1), "fp64")
@@ -61,3 +61,21 @@ def test_heads_that_do_not_divide_are_refused():
     q, k, v = operands(1, 6, 8, 8, key_heads=3)
     with pytest.raises(ValueError, match="heads that divide"):
         softmax_attention(q, k, v)
+
+
+def test_merging_tiles_equals_one_pass_and_empty_stays_empty():
+    q, k, v = (x[0].transpose(0, 1).detach() for x in operands(1, 12, 8, 8, key_heads=4))
+    whole = op.tile_forward(q, k, v, op.Tile(0, 12, 0, 12, op.FULL), 0.3)
+    parts = [
+        op.tile_forward(q, k[:, s], v[:, s], op.Tile(0, 12, 0, 1, op.FULL), 0.3)
+        for s in (slice(0, 5), slice(5, 6), slice(6, 12))
+    ]
+    for order in ((0, 1, 2), (2, 0, 1)):
+        a, b, c = (parts[i] for i in order)
+        for actual, expected in zip(op.merge(op.merge(a, b), c), whole):
+            assert_close(actual, expected, "fp64")
+    empty = torch.zeros_like(whole[0]), torch.full_like(whole[1], -torch.inf)
+    assert torch.equal(op.merge(empty, whole)[0], whole[0])
+    out, lse = op.merge(empty, empty)
+    assert torch.equal(out, empty[0])
+    assert torch.equal(lse, empty[1])

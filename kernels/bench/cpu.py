@@ -1,0 +1,98 @@
+"""Times longctx on this CPU: the training step, every mixer, and a peer.
+
+`python kernels/bench/cpu.py` writes docs/results/cpu-bench.md. Nothing is timed unless all
+correctness checks are green. The exit code is 1 if a check is red or a target is missed.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import checks
+from layers import time_mixers
+from peers import compare_peer
+from report import Section, machine
+from sizes import FULL, QUICK, Sizes
+from training import time_training, tiny
+
+REPORT = Path(__file__).parents[2] / "docs" / "results" / "cpu-bench.md"
+
+
+class RedError(Exception):
+    """Something that was to be timed does not compute what its reference does."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs everything; 0 if all is correct and every target is met."""
+    arguments = _parser().parse_args(argv)
+    sizes = QUICK if arguments.quick else FULL
+    out = arguments.out or (None if arguments.quick else REPORT)
+    try:
+        sections = list(_sections(sizes))
+    except RedError as error:
+        print(f"nothing timed: {error}", file=sys.stderr)
+        return 1
+    text = _report(sections, sys.argv[1:] if argv is None else argv)
+    print(text)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text)
+        _say(f"Written to {out}")
+    return int(any(section.is_failed for section in sections))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="tiny shapes; targets do not apply")
+    parser.add_argument(
+        "--out", type=Path, help=f"report to write (default {REPORT.name}; none if quick)"
+    )
+    return parser
+
+
+def _sections(sizes: Sizes) -> Iterator[Section]:
+    settings = tiny(sizes)
+    _say("Checking against the references, then timing: several minutes on an idle machine")
+    yield _check(settings)
+    _say("Training step")
+    yield time_training(settings, sizes)
+    _say("Mixers")
+    yield time_mixers(sizes)
+    _say("Peer")
+    section, red = compare_peer(sizes)
+    if red:
+        raise RedError(red)
+    yield section
+
+
+def _check(settings) -> Section:
+    done = []
+    for check in checks.run_checks(settings.model):
+        if not check.is_green:
+            allowed = f"(allowed {checks.TOLERANCE:.0e})"
+            raise RedError(
+                f"{check.name} differs from its reference by {check.error:.1e} {allowed}"
+            )
+        done.append(check)
+    worst = max(check.error for check in done)
+    text = (
+        f"Before timing, {len(done)} comparisons with the references in fp64, outputs and all "
+        f"gradients: largest difference {worst:.1e} (allowed {checks.TOLERANCE:.0e})."
+    )
+    return Section("Correctness", [text])
+
+
+def _report(sections: list[Section], argv: list[str]) -> str:
+    command = shlex.join(["python", "kernels/bench/cpu.py", *argv])
+    intro = f"# CPU benchmark\n\nCommand: `{command}` (`make bench`). Machine: {machine()}"
+    return "\n\n".join([intro, *map(str, sections)]) + "\n"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""Counts what crosses between ranks: calls and bytes received, by layer, verb and direction."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class Label(NamedTuple):
+    """Who asks for an exchange."""
+
+    layer: int
+    verb: str
+    backward: bool = False
+
+    def reversed(self) -> "Label":
+        """The label of the matching exchange in the backward pass."""
+        return self._replace(backward=True)
+
+    def __str__(self) -> str:
+        direction = "backward" if self.backward else "forward"
+        return f"{self.verb} of layer {self.layer} ({direction})"
+
+
+class Traffic(NamedTuple):
+    """Calls, and bytes that arrived from other ranks."""
+
+    calls: int
+    received: int
+
+
+@dataclass
+class Ledger:
+    """One rank's record."""
+
+    calls: Counter[Label] = field(default_factory=Counter)
+    received: Counter[Label] = field(default_factory=Counter)
+
+    def record(self, label: Label, received: int) -> None:
+        """Adds one call."""
+        self.calls[label] += 1
+        self.received[label] += received
+
+    def traffic(self) -> dict[Label, Traffic]:
+        """What was recorded, label by label."""
+        return {label: Traffic(n, self.received[label]) for label, n in self.calls.items()}
+
+    def total(self) -> Traffic:
+        """Everything together."""
+        return Traffic(self.calls.total(), self.received.total())
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self.calls.clear()
+        self.received.clear()

@@ -1,0 +1,150 @@
+"""The view of one rank among several: a part of every sequence of the batch."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import torch
+from longctx_kernels.softmax_attention import Tile, attend_tiles, piece_tiles
+from torch import Tensor
+
+from longctx.sequence.affine import ChainedPrefix, GatheredPrefix, Prefix, Transitions
+from longctx.sequence.attention_core import Wires, sharded_softmax_attention
+from longctx.sequence.communicator import Communicator
+from longctx.sequence.decay_core import sharded_decay_attention
+from longctx.sequence.halo import Halo, HaloPlan
+from longctx.sequence.heads import HeadTrade
+from longctx.sequence.ledger import Label
+from longctx.sequence.plan import Plan
+from longctx.sequence.verbs import Reduce
+from longctx.sequence.view import LocalView, SequenceView
+
+SCAN_BLOCKS = 4
+
+
+@dataclass(frozen=True)
+class Transports:
+    """How verbs move bytes."""
+
+    prefix: Literal["allgather", "scan", "serial", "ulysses"] = "allgather"
+    stream: Literal["allgather", "ring"] = "allgather"
+    heads: int = 1
+    """Ranks of a Ulysses group."""
+    gather_heads: int = 0
+    """Key heads gathered at once; 0 gathers all."""
+
+
+@dataclass(frozen=True)
+class Links:
+    """The groups of one rank. Chains have one of their own, so that no order of calls can block."""
+
+    sequence: Communicator
+    chain: Communicator
+    heads: Communicator
+    """The Ulysses group: ranks j * heads .. (j + 1) * heads - 1."""
+    ring: Communicator
+    """Ranks with this one's place in their Ulysses groups."""
+
+
+class ShardedView(SequenceView):
+    """Written once for every placement: a Plan says what lies where."""
+
+    def __init__(self, plan: Plan, links: Links, transports: Transports, layer: int = 0):
+        self.plan, self.links, self.transports, self.layer = plan, links, transports, layer
+        self.device: torch.device | str = "cpu"
+
+    def to(self, device: torch.device | str) -> "ShardedView":
+        """The view for tensors on `device`."""
+        self.device = device
+        return self
+
+    @cached_property
+    def positions_BT(self) -> Tensor:  # type: ignore[override]
+        """Position of each token within its document."""
+        return self.plan.positions_BT.to(self.device)
+
+    def at(self, layer: int) -> "ShardedView":
+        view = ShardedView(self.plan, self.links, self.transports, layer)
+        view.positions_BT, view.device = self.positions_BT, self.device
+        return view
+
+    def _label(self, verb: str) -> Label:
+        return Label(self.layer, verb)
+
+    def decay_attention(
+        self, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, log_decay_H: Tensor | None
+    ) -> Tensor:
+        if self.transports.prefix == "ulysses":
+            inner, trade = self._by_heads
+            if log_decay_H is not None:
+                log_decay_H = trade.share(log_decay_H, 0)
+            q, k, v = (trade.gather_tokens(x) for x in (q_BTHK, k_BTHK, v_BTHV))
+            return trade.gather_heads(inner.decay_attention(q, k, v, log_decay_H))
+        flat = (q_BTHK.flatten(0, 1), k_BTHK.flatten(0, 1), v_BTHV.flatten(0, 1))
+        out = sharded_decay_attention(
+            flat, log_decay_H, self.plan, self._make_prefix, self._label("prefix")
+        )
+        return out.view_as(v_BTHV)
+
+    def _make_prefix(self, transitions: Transitions) -> Prefix:
+        kind = self.transports.prefix
+        if kind == "allgather":
+            return GatheredPrefix(self.plan, transitions, self.links.sequence)
+        blocks, beside = (SCAN_BLOCKS, True) if kind == "scan" else (1, False)
+        return ChainedPrefix(self.plan, transitions, self.links.chain, blocks, beside)
+
+    def softmax_attention(
+        self, q_BTHK: Tensor, k_BTJK: Tensor, v_BTJV: Tensor, window: int
+    ) -> Tensor:
+        if self.transports.heads > 1:
+            inner, trade = self._by_heads
+            k_BTJK, v_BTJV = trade.repeated(k_BTJK), trade.repeated(v_BTJV)
+            q, k, v = (trade.gather_tokens(x) for x in (q_BTHK, k_BTJK, v_BTJV))
+            return trade.gather_heads(inner.softmax_attention(q, k, v, window))
+        flat = (q_BTHK.flatten(0, 1), k_BTJK.flatten(0, 1), v_BTJV.flatten(0, 1))
+        if window:
+            out = self._windowed(*flat, window)
+        else:
+            wires = Wires(self.links.ring, self._label("stream"))
+            out = sharded_softmax_attention(
+                flat, self.plan, wires, self.transports.stream, self.transports.gather_heads
+            )
+        return out.unflatten(0, q_BTHK.shape[:2])
+
+    def _windowed(self, q_MHK: Tensor, k_MJK: Tensor, v_MJV: Tensor, window: int) -> Tensor:
+        halo = HaloPlan(self.plan, min(window, self.plan.placement.length) - 1, 0)
+        together = torch.cat((k_MJK, v_MJV), -1)
+        wide = Halo.apply(together, halo, self.links.ring, self._label("halo"))
+        k, v = wide.split((k_MJK.shape[-1], v_MJV.shape[-1]), -1)
+        return attend_tiles(q_MHK, k, v, self._window_tiles(halo, window))
+
+    def _window_tiles(self, halo: HaloPlan, window: int) -> tuple[Tile, ...]:
+        tiles: list[Tile] = []
+        for piece in self.plan.pieces:
+            start = self.plan.segments[piece.segment].start
+            own_key = halo.offset(piece.row, piece.segment) + piece.position - start
+            before = 0
+            if piece.position == start:
+                before = min(piece.position - piece.document, halo.left)
+            tiles += piece_tiles(piece.start, piece.stop, own_key, before, window)
+        return tuple(tiles)
+
+    def reduce_mean(self, x_BTE: Tensor) -> Tensor:
+        total = Reduce.apply(x_BTE.sum((0, 1)), self.links.sequence, self._label("reduce"))
+        return total / (self.plan.rows * self.plan.placement.length)
+
+    @cached_property
+    def _by_heads(self) -> tuple[SequenceView, HeadTrade]:
+        """The view inside a Ulysses group, and the trade that leads there."""
+        size = self.links.heads.size
+        ring, placement = self.plan.rank // size, self.plan.placement
+        groups = tuple(
+            tuple(range(j * size, (j + 1) * size)) for j in range(placement.ranks // size)
+        )
+        trade = HeadTrade(self.plan, groups[ring], self.links.heads, self._label("heads"))
+        plan = Plan(placement.merged(groups), ring, self.plan.documents)
+        if len(groups) == 1:
+            return LocalView.of_documents(plan.documents, placement.length, self.device), trade
+        links = replace(self.links, sequence=self.links.ring, chain=self.links.ring)
+        transports = replace(self.transports, prefix="allgather", heads=1)
+        return ShardedView(plan, links, transports, self.layer).to(self.device), trade
