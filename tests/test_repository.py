@@ -151,6 +151,16 @@ def test_the_library_reads_no_environment_variables():
             assert not {"environ", "environb", "getenv", "getenvb"} & set(names), path
 
 
+def test_a_mixer_imports_no_process_group_no_trainer_and_no_other_mixer():
+    forbidden = re.compile(r"torch\.distributed|longctx\.(train|parallel|mixers\.(?!base\b))")
+    for path in (ROOT / "longctx" / "mixers").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            assert not [name for name in names if forbidden.match(name)], path
+
+
 @pytest.mark.parametrize("cls", ALL_CONFIGS, ids=lambda cls: cls.__name__)
 def test_every_field_of_a_config_is_read(cls):
     assert {field.name for field in fields(cls)} <= attributes_read()
