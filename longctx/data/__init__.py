@@ -1,6 +1,6 @@
 """Text files to packed batches, each a pure function of (seed, step)."""
 
-from longctx.data.loader import Batch, Loader, Loaders, build_loaders, num_valid, split
+from longctx.data.loader import Batch, Loader, Loaders, build_loaders
 from longctx.data.packing import IGNORE, PackedSequence, PackedStream
 from longctx.data.sources import Corpus, DataConfig, Document, open_corpus, unigram_entropy
 from longctx.data.tokenizer import ByteTokenizer
@@ -17,8 +17,6 @@ __all__ = [
     "PackedSequence",
     "PackedStream",
     "build_loaders",
-    "num_valid",
     "open_corpus",
-    "split",
     "unigram_entropy",
 ]

@@ -1,12 +1,13 @@
 """Batches as a pure function of the step: nothing to save, nothing to skip on resume."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from longctx.data.packing import IGNORE, PackedStream
+from longctx.data.packing import PackedStream
 from longctx.data.sources import DataConfig, open_corpus, unigram_entropy
 from longctx.data.tokenizer import ByteTokenizer
 
@@ -15,37 +16,62 @@ VALIDATION_SEED = 0
 
 @dataclass(frozen=True)
 class Batch:
-    """Some packed sequences."""
+    """Some packed sequences, or the same part of each."""
 
     tokens_BT: torch.Tensor
     labels_BT: torch.Tensor
     """The next token; IGNORE where it belongs to another document."""
-    documents_BT: torch.Tensor
-    """int32; equal ids in a row mean the same document."""
+    documents: tuple[tuple[int, ...], ...]
+    """For every row where documents start in the whole sequence, rising from 0."""
     sequence_ids: tuple[int, ...]
     """The place of each row in the stream, the same for any split of the work."""
 
 
 class Loader:
-    """Cuts a stream into batches; without `document_reset` each sequence is one document."""
+    """Reads sequences of a stream; without `document_reset` each sequence is one document."""
 
     def __init__(self, stream: PackedStream, batch_size: int, document_reset: bool) -> None:
         self._stream = stream
         self._batch_size = batch_size
         self._document_reset = document_reset
 
+    def ids(self, step: int) -> range:
+        """The sequences of a step's batch."""
+        return range(step * self._batch_size, (step + 1) * self._batch_size)
+
     def batch(self, step: int) -> Batch:
-        """Sequences step * batch_size to (step + 1) * batch_size - 1."""
-        ids = range(step * self._batch_size, (step + 1) * self._batch_size)
-        rows = [self._stream.sequence(index) for index in ids]
+        """All of a step's sequences, whole."""
+        return self.read(self.ids(step), [(0, self._stream.seq_len)])
+
+    def read(self, ids: Sequence[int], segments: Sequence[tuple[int, int]]) -> Batch:
+        """These segments `(start, stop)`, side by side, of these sequences; nothing else is read."""
+        rows = [self._row(index, segments) for index in ids]
+        tokens, labels = (torch.from_numpy(np.stack(columns)) for columns in zip(*rows))
+        documents = tuple(self._starts(index) for index in ids)
+        return Batch(tokens, labels, documents, tuple(ids))
+
+    def num_valid(self, ids: Sequence[int]) -> int:
+        """Labels of whole sequences that count in the loss, known without reading them."""
+        return sum(self._stream.seq_len - self._num_borders(index) for index in ids)
+
+    def _row(
+        self, index: int, segments: Sequence[tuple[int, int]]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        parts = [self._stream.slice(index, start, stop) for start, stop in segments]
         if not self._document_reset:
-            rows = [row.as_one_document() for row in rows]
-        return Batch(
-            tokens_BT=torch.from_numpy(np.stack([row.tokens for row in rows])),
-            labels_BT=torch.from_numpy(np.stack([row.labels for row in rows])),
-            documents_BT=torch.from_numpy(np.stack([row.document_ids for row in rows])),
-            sequence_ids=tuple(ids),
+            parts = [part.as_one_document() for part in parts]
+        return (
+            np.concatenate([part.tokens for part in parts]),
+            np.concatenate([part.labels for part in parts]),
         )
+
+    def _starts(self, index: int) -> tuple[int, ...]:
+        if not self._document_reset:
+            return (0,)
+        return tuple(s for s in self._stream.document_starts(index) if s < self._stream.seq_len)
+
+    def _num_borders(self, index: int) -> int:
+        return len(self._stream.document_starts(index)) - 1 if self._document_reset else 0
 
 
 @dataclass(frozen=True)
@@ -74,20 +100,3 @@ def build_loaders(config: DataConfig, seq_len: int, batch_size: int, seed: int) 
         fingerprint=corpus.fingerprint(),
         vocab_size=ByteTokenizer.vocab_size,
     )
-
-
-def split(batch: Batch, micro_batch: int) -> Iterator[Batch]:
-    """Consecutive micro-batches of `micro_batch` sequences; the last may be smaller."""
-    for start in range(0, len(batch.sequence_ids), micro_batch):
-        rows = slice(start, start + micro_batch)
-        yield Batch(
-            tokens_BT=batch.tokens_BT[rows],
-            labels_BT=batch.labels_BT[rows],
-            documents_BT=batch.documents_BT[rows],
-            sequence_ids=batch.sequence_ids[rows],
-        )
-
-
-def num_valid(batch: Batch) -> int:
-    """Labels that count in the loss."""
-    return int((batch.labels_BT != IGNORE).sum())

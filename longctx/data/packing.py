@@ -19,15 +19,13 @@ class PackedSequence:
     tokens: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
     """The next token, or IGNORE where it belongs to another document."""
-    document_ids: npt.NDArray[np.int32]
-    """Documents counted from 0 at the start of the whole sequence."""
     following: int
     """The token after the last one, whatever its document."""
 
     def as_one_document(self) -> "PackedSequence":
-        """The same tokens with document borders forgotten: one id, no label ignored."""
+        """The same tokens with document borders forgotten: no label is ignored."""
         labels = np.append(self.tokens, self.following)[1:]
-        return PackedSequence(self.tokens, labels, np.zeros_like(self.document_ids), self.following)
+        return PackedSequence(self.tokens, labels, self.following)
 
 
 @dataclass(frozen=True)
@@ -63,8 +61,19 @@ class PackedStream:
         origin = index * self.seq_len
         tokens, ordinals = self._read(origin + start, origin + stop + 1)
         labels = np.where(ordinals[1:] == ordinals[:-1], tokens[1:], IGNORE)
-        document_ids = (ordinals[:-1] - self._ordinal(origin)).astype(np.int32)
-        return PackedSequence(tokens[:-1], labels, document_ids, int(tokens[-1]))
+        return PackedSequence(tokens[:-1], labels, int(tokens[-1]))
+
+    def document_starts(self, index: int) -> tuple[int, ...]:
+        """Where documents start in sequence `index`: 0, places inside, and `seq_len` if the next
+        sequence begins with a new one. No token is read."""
+        origin, end = index * self.seq_len, (index + 1) * self.seq_len
+        epoch_len = len(self._tokens)
+        starts = {0}
+        for epoch in range(origin // epoch_len, end // epoch_len + 1):
+            borders = self._order(epoch).starts + epoch * epoch_len
+            low, high = np.searchsorted(borders, (origin, end), side="right")
+            starts.update((borders[low:high] - origin).tolist())
+        return tuple(sorted(starts))
 
     def _shuffle(self, epoch: int) -> EpochOrder:
         # Raw Philox words keep their value across numpy versions; Generator.permutation may not.
@@ -73,12 +82,6 @@ class PackedStream:
         documents = np.argsort(draws, kind="stable")
         lengths = np.diff(self._offsets)[documents]
         return EpochOrder(documents, np.concatenate(([0], np.cumsum(lengths))))
-
-    def _ordinal(self, position: int) -> int:
-        """Number of the document at a position of the stream, counted over all epochs."""
-        epoch, local = divmod(position, len(self._tokens))
-        rank = np.searchsorted(self._order(epoch).starts, local, side="right") - 1
-        return epoch * (len(self._offsets) - 1) + int(rank)
 
     def _read(self, start: int, stop: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Tokens of a range of the stream and the ordinal of each one's document."""

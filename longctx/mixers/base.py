@@ -47,6 +47,10 @@ class MixerConfig(Registered):
         """Raises InputError, naming fields below `where`, if this cannot be built."""
         raise NotImplementedError
 
+    def verbs(self) -> frozenset[str]:
+        """What its core asks of the view: prefix, stream, halo, reduce."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class HeadsConfig(MixerConfig):

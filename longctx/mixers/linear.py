@@ -72,6 +72,9 @@ class LinearConfig(HeadsConfig, kind="linear"):
     def build(self, place: Place) -> "Linear":
         return Linear(self, place)
 
+    def verbs(self) -> frozenset[str]:
+        return frozenset({"prefix"})
+
     def check(self, width: int, where: str) -> None:
         super().check(width, where)
         if self.feature_map not in FEATURE_MAPS:

@@ -33,6 +33,9 @@ class SoftmaxConfig(HeadsConfig, kind="softmax"):
     def build(self, place: Place) -> "Softmax":
         return Softmax(self, place)
 
+    def verbs(self) -> frozenset[str]:
+        return frozenset({"halo" if self.window else "stream"})
+
     def check(self, width: int, where: str) -> None:
         super().check(width, where)
         if self.num_kv_heads < 0 or self.num_heads % (self.num_kv_heads or 1):

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from longctx.data import IGNORE, DataConfig, Loader, build_loaders, num_valid, split
+from longctx.data import IGNORE, DataConfig, Loader, build_loaders
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def test_batches_are_a_pure_function_of_the_step(corpus):
         assert batch.tokens_BT.shape == (3, 33)
         assert torch.equal(batch.tokens_BT, repeated.tokens_BT)
         assert torch.equal(batch.labels_BT, repeated.labels_BT)
-        assert torch.equal(batch.documents_BT, repeated.documents_BT)
+        assert batch.documents == repeated.documents
 
 
 def test_batch_size_does_not_change_the_sequences(corpus):
@@ -35,30 +35,34 @@ def test_batch_size_does_not_change_the_sequences(corpus):
 def test_types_are_what_the_model_takes(corpus):
     batch = build_loaders(DataConfig(corpus), seq_len=8, batch_size=1, seed=0).train.batch(0)
     assert batch.tokens_BT.dtype == batch.labels_BT.dtype == torch.int64
-    assert batch.documents_BT.dtype == torch.int32
+    assert batch.documents[0][0] == 0
 
 
-def test_document_reset_decides_on_ids_and_labels(corpus):
+def test_document_reset_decides_on_documents_and_labels(corpus):
     config = {"seq_len": 400, "batch_size": 2, "seed": 0}
-    reset = build_loaders(DataConfig(corpus), **config).train.batch(0)
-    joined = build_loaders(DataConfig(corpus, document_reset=False), **config).train.batch(0)
-    assert torch.equal(reset.tokens_BT, joined.tokens_BT)
-    assert num_valid(joined) == 800
-    assert num_valid(reset) == 800 - int((reset.tokens_BT == 257).sum())
-    assert reset.documents_BT.amax() > 0 == joined.documents_BT.amax()
-    inside = reset.labels_BT != IGNORE
-    assert torch.equal(reset.labels_BT[inside], joined.labels_BT[inside])
+    reset = build_loaders(DataConfig(corpus), **config).train
+    joined = build_loaders(DataConfig(corpus, document_reset=False), **config).train
+    for loader in (reset, joined):
+        counted = int((loader.batch(0).labels_BT != IGNORE).sum())
+        assert loader.num_valid(loader.ids(0)) == counted
+    batch, whole = reset.batch(0), joined.batch(0)
+    assert torch.equal(batch.tokens_BT, whole.tokens_BT)
+    assert whole.documents == ((0,), (0,))
+    assert len(batch.documents[0]) > 1
+    inside = batch.labels_BT != IGNORE
+    assert torch.equal(batch.labels_BT[inside], whole.labels_BT[inside])
+    assert (whole.labels_BT != IGNORE).all()
 
 
-def test_micro_batches_join_to_the_batch(corpus):
-    batch = build_loaders(DataConfig(corpus), seq_len=20, batch_size=5, seed=0).train.batch(1)
-    parts = list(split(batch, 2))
-    assert [len(part.sequence_ids) for part in parts] == [2, 2, 1]
-    assert sum((part.sequence_ids for part in parts), ()) == batch.sequence_ids
-    for name in ("tokens_BT", "labels_BT", "documents_BT"):
-        joined = torch.cat([getattr(part, name) for part in parts])
-        assert torch.equal(joined, getattr(batch, name))
-    assert sum(map(num_valid, parts)) == num_valid(batch)
+def test_parts_of_sequences_join_to_the_batch(corpus):
+    loader = build_loaders(DataConfig(corpus), seq_len=20, batch_size=5, seed=0).train
+    whole = loader.batch(1)
+    parts = [loader.read(loader.ids(1), segments) for segments in ([(0, 7), (13, 20)], [(7, 13)])]
+    for name in ("tokens_BT", "labels_BT"):
+        left, right = (getattr(part, name) for part in parts)
+        joined = torch.cat((left[:, :7], right, left[:, 7:]), 1)
+        assert torch.equal(joined, getattr(whole, name))
+    assert all(part.documents == whole.documents for part in parts)
 
 
 def test_validation_does_not_depend_on_the_seed(corpus):
@@ -84,4 +88,4 @@ def test_a_corpus_smaller_than_a_sequence_repeats(tmp_path: Path):
     a, b = ord("a"), ord("b")
     assert loaders.train.batch(0).tokens_BT.tolist() == [[256, a, 257, 256, a, 257, 256]]
     assert loaders.validation.batch(0).tokens_BT.tolist() == [[256, b, 257, 256, b, 257, 256]]
-    assert loaders.train.batch(0).documents_BT.tolist() == [[0, 0, 0, 1, 1, 1, 2]]
+    assert loaders.train.batch(0).documents == ((0, 3, 6),)

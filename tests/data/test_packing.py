@@ -23,7 +23,6 @@ def same(left: PackedSequence, right: PackedSequence) -> bool:
     return (
         np.array_equal(left.tokens, right.tokens)
         and np.array_equal(left.labels, right.labels)
-        and np.array_equal(left.document_ids, right.document_ids)
         and left.following == right.following
     )
 
@@ -61,20 +60,19 @@ def test_labels_are_the_next_token_inside_a_document_only(seq_len):
 
 
 @pytest.mark.parametrize("seq_len", [5, 13, 2 * EPOCH])
-def test_document_ids_count_from_zero_at_each_begin(seq_len):
+def test_document_starts_are_where_documents_begin(seq_len):
     stream = PackedStream(DOCUMENTS, seq_len, seed=1)
     for index in range(8):
         sequence = stream.sequence(index)
-        assert sequence.document_ids.dtype == np.int32
-        expected = np.cumsum(sequence.tokens == BEGIN) - (sequence.tokens[0] == BEGIN)
-        np.testing.assert_array_equal(sequence.document_ids, expected)
+        tokens = [*sequence.tokens.tolist(), sequence.following]
+        expected = {0} | {place for place, token in enumerate(tokens) if token == BEGIN}
+        assert stream.document_starts(index) == tuple(sorted(expected))
 
 
 def test_a_single_document_starts_anew_each_epoch():
     sequence = PackedStream(make_documents([4]), seq_len=10, seed=0).sequence(0)
     assert sequence.tokens.tolist() == [BEGIN, 1, 2, END] * 2 + [BEGIN, 1]
     assert sequence.labels.tolist() == [1, 2, END, IGNORE] * 2 + [1, 2]
-    assert sequence.document_ids.tolist() == [0] * 4 + [1] * 4 + [2] * 2
 
 
 @settings(max_examples=60, deadline=None)
@@ -90,7 +88,6 @@ def test_a_slice_is_the_same_part_of_the_whole(data):
     expected = PackedSequence(
         whole.tokens[start:stop],
         whole.labels[start:stop],
-        whole.document_ids[start:stop],
         int(following),
     )
     assert same(part, expected)
@@ -128,7 +125,6 @@ def test_one_document_forgets_the_borders():
     assert IGNORE in sequence.labels
     np.testing.assert_array_equal(joined.labels[:-1], sequence.tokens[1:])
     assert joined.labels[-1] == sequence.following
-    assert not joined.document_ids.any()
 
 
 @pytest.mark.parametrize(("index", "start", "stop"), [(-1, 0, 1), (0, -1, 1), (0, 3, 2), (0, 0, 6)])

@@ -1,0 +1,115 @@
+"""The `[parallel]` table, and the pure function that turns its `auto` into something definite."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from longctx.errors import InputError
+from longctx.mixers import MixerConfig
+from longctx.sequence.expected import refuse
+from longctx.sequence.placement import Placement, place
+from longctx.sequence.sharded import Transports
+
+SCAN_PAYS_FROM = 9
+"""Ranks from which a chain of states beats gathering them all."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """The `[parallel]` table."""
+
+    dp: int = 0
+    """Replicas that work on different sequences; 0 means processes / sp."""
+    sp: int = 1
+    """Processes that share each sequence."""
+    placement: Literal["auto", "contiguous", "zigzag", "mirror"] = "auto"
+    """Which parts of a sequence a rank holds; auto: mirror with heads, zigzag if softmax layers
+    see whole documents, else contiguous."""
+    prefix: Literal["auto", "allgather", "scan", "serial", "ulysses"] = "auto"
+    """How states of linear layers travel; auto: allgather up to 8 ranks, then scan."""
+    stream: Literal["auto", "allgather", "ring"] = "auto"
+    """How keys and values of softmax layers travel; auto: allgather."""
+    heads: int = 1
+    """Ranks that trade sequence for heads (Ulysses); 1 does not."""
+    gather_heads: int = 0
+    """Key heads that allgather brings at a time, which bounds its memory; 0 brings all."""
+    timeout_seconds: int = 600
+    """How long a rank waits for another before the run ends."""
+
+    def __post_init__(self) -> None:
+        for name in ("sp", "heads", "timeout_seconds"):
+            if getattr(self, name) < 1:
+                raise InputError(f"parallel.{name} = {getattr(self, name)}: must be at least 1")
+        for name in ("dp", "gather_heads"):
+            if getattr(self, name) < 0:
+                raise InputError(f"parallel.{name} = {getattr(self, name)}: must not be negative")
+
+
+@dataclass(frozen=True)
+class Split:
+    """A run's definite split; what `auto` stood for is settled."""
+
+    dp: int
+    sp: int
+    placement: str
+    transports: Transports
+
+    def place(self, seq_len: int) -> Placement:
+        """Where the parts of a sequence lie."""
+        return place(self.placement, self.sp, seq_len, self.transports.heads)
+
+
+def resolve(
+    config: ParallelConfig, layers: Sequence[MixerConfig], processes: int, seq_len: int
+) -> Split:
+    """Settles `auto`, and refuses what these layers cannot do on this many processes."""
+    dp = _replicas(config, processes)
+    sees_all = any("stream" in layer.verbs() for layer in layers)
+    placement = config.placement
+    if placement == "auto":
+        mirrored = config.heads % 2 == 0 and config.heads < config.sp
+        placement = "mirror" if mirrored else "zigzag" if sees_all else "contiguous"
+        if config.heads == config.sp:
+            placement = "contiguous"
+    prefix = config.prefix
+    if prefix == "auto":
+        prefix = "scan" if config.sp >= SCAN_PAYS_FROM else "allgather"
+    stream = "allgather" if config.stream == "auto" else config.stream
+    transports = Transports(prefix, stream, config.heads, config.gather_heads)
+    split = Split(dp, config.sp, placement, transports)
+    _check(split, layers, seq_len)
+    return split
+
+
+def _replicas(config: ParallelConfig, processes: int) -> int:
+    if processes % config.sp:
+        raise InputError(
+            f"parallel.sp = {config.sp} does not divide the {processes} processes of this run; "
+            "start a multiple of sp processes (torchrun --nproc-per-node, or launch/local.sh -n)"
+        )
+    dp = processes // config.sp
+    if config.dp not in (0, dp):
+        raise InputError(
+            f"parallel.dp = {config.dp} times parallel.sp = {config.sp} is not the {processes} "
+            "processes of this run; leave dp at 0 or start that many"
+        )
+    return dp
+
+
+def _check(split: Split, layers: Sequence[MixerConfig], seq_len: int) -> None:
+    if split.sp == 1:
+        return
+    if split.sp % split.transports.heads:
+        raise InputError(
+            f"parallel.heads = {split.transports.heads} does not divide parallel.sp = {split.sp}"
+        )
+    try:
+        split.place(seq_len)
+    except ValueError as error:
+        raise InputError(
+            f"train.seq_len = {seq_len}, parallel.sp = {split.sp}, parallel.placement = "
+            f"{split.placement!r}: {error}"
+        ) from error
+    for layer, mixer in enumerate(layers):
+        if reason := refuse(mixer, split.placement, split.transports, split.sp):
+            raise InputError(f"layer {layer} ({mixer.kind}) cannot be split like this: {reason}")
