@@ -35,8 +35,9 @@ demo: $(STAMPS)/longctx ## train a small hybrid model into runs/demo and sample 
 		echo 'runs/demo is finished; it moves to runs/demo-previous'; \
 		rm -rf runs/demo-previous && mv runs/demo runs/demo-previous; \
 	fi
-	@echo 'Training into runs/demo: up to 3 minutes on 2 cores. Ctrl-C saves; make demo resumes.'
-	@PATH="$$(cd $(BIN) && pwd):$$PATH" launch/local.sh tiny --run.dir runs/demo
+	@echo 'Training into runs/demo, each sequence shared by two processes: up to 3 minutes on'
+	@echo '2 cores. Ctrl-C saves; make demo resumes.'
+	@PATH="$$(cd $(BIN) && pwd):$$PATH" launch/local.sh -n 2 tiny --parallel.sp 2 --run.dir runs/demo
 	@echo 'A sample:'
 	@$(BIN)/longctx generate runs/demo --prompt 'def ' --output runs/demo/sample.txt
 	@echo 'Results:'

@@ -1,8 +1,10 @@
 """The command line: one function a subcommand, and one place where errors become exit codes."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import longctx
 from longctx.errors import InputError, OutsideError
@@ -23,9 +25,41 @@ def train(argv: list[str]) -> int:
     if only_print:
         sys.stdout.write(to_toml(settings))
         return 0
+    from longctx.parallel.mesh import world_size
     from longctx.train.trainer import train as run
 
-    return STOPPED if run(settings) else 0
+    try:
+        code = STOPPED if run(settings) else 0
+    except OutsideError as error:
+        sys.stderr.write(f"longctx: {error}\n")
+        code = 1
+    if world_size() > 1:
+        _leave(code)
+    return code
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends a process of several: gloo's threads can abort the interpreter's own way out."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def check(argv: list[str]) -> int:
+    """CONFIG [PROCESSES] [--table.key value ...]: say whether train could start, and how"""
+    from longctx.config import apply_overrides
+    from longctx.train.settings import load_settings
+    from longctx.train.trainer import prepare
+
+    name, options = _first_argument(argv, "check", "a config file or preset", default="tiny")
+    processes = 1
+    if options and options[0].isdigit():
+        processes, options = int(options[0]), options[1:]
+    settings = apply_overrides(load_settings(name), options, "longctx check")
+    prepared = prepare(settings, processes)
+    start = prepared.resumed or "the beginning"
+    sys.stdout.write(f"{processes} processes, {prepared.split}; starts from {start}\n")
+    return 0
 
 
 def generate(argv: list[str]) -> int:
@@ -46,7 +80,11 @@ def generate(argv: list[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "generate": generate}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "check": check,
+    "generate": generate,
+}
 
 
 def _first_argument(
@@ -79,8 +117,14 @@ def main(argv: list[str] | None = None) -> int:
         if argv[0] not in COMMANDS:
             raise InputError(f"{argv[0]!r} is no command; commands: {', '.join(COMMANDS)}")
         return COMMANDS[argv[0]](argv[1:])
-    except (InputError, OutsideError) as error:
+    except InputError as error:
+        from longctx.parallel.mesh import is_first_process
+
+        if is_first_process():
+            sys.stderr.write(f"longctx: {error}\n")
+        return 2
+    except OutsideError as error:
         sys.stderr.write(f"longctx: {error}\n")
-        return 2 if isinstance(error, InputError) else 1
+        return 1
     except KeyboardInterrupt:
         return 130

@@ -44,7 +44,7 @@ class Loader:
         return self.read(self.ids(step), [(0, self._stream.seq_len)])
 
     def read(self, ids: Sequence[int], segments: Sequence[tuple[int, int]]) -> Batch:
-        """These segments `(start, stop)`, side by side, of these sequences; nothing else is read."""
+        """These segments `(start, stop)`, side by side, of these sequences, and nothing else."""
         rows = [self._row(index, segments) for index in ids]
         tokens, labels = (torch.from_numpy(np.stack(columns)) for columns in zip(*rows))
         documents = tuple(self._starts(index) for index in ids)

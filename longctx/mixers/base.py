@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from longctx.config import Registered
 from longctx.errors import InputError
+from longctx.sequence.expected import Expected, Share
+from longctx.sequence.sharded import Transports
 from longctx.sequence.view import LocalView, SequenceView
 
 
@@ -47,6 +49,10 @@ class MixerConfig(Registered):
         """Raises InputError, naming fields below `where`, if this cannot be built."""
         raise NotImplementedError
 
+    def refusal(self, transports: Transports) -> str:
+        """Why this cannot use `transports`, beginning with a field's name; empty if it can."""
+        return ""
+
     def verbs(self) -> frozenset[str]:
         """What its core asks of the view: prefix, stream, halo, reduce."""
         raise NotImplementedError
@@ -75,6 +81,16 @@ class HeadsConfig(MixerConfig):
     def size_of_head(self, width: int) -> int:
         """Key and query size of a head."""
         return self.head_dim or width // self.num_heads
+
+    def refusal(self, transports: Transports) -> str:
+        group = transports.heads
+        if self.num_heads % group == 0:
+            return ""
+        possible = [str(n) for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
+        return (
+            f"num_heads = {self.num_heads} is no multiple of parallel.heads = {group}: "
+            f"set parallel.heads to {', '.join(possible[:-1])} or {possible[-1]}"
+        )
 
 
 class Mixer(nn.Module, ABC):
@@ -108,6 +124,10 @@ class Mixer(nn.Module, ABC):
     def core_flops(self, contexts_M: Tensor) -> int:
         """Forward FLOPs of core_reference over tokens that have `contexts_M` tokens of their
         document up to and with themselves."""
+
+    @abstractmethod
+    def expected_traffic(self, share: Share) -> Expected:
+        """What core and losses exchange on one rank, in one forward and one backward pass."""
 
     def read(self, y_BTHV: Tensor, projected: Any) -> Tensor:
         """Per-head norm and gate after the core."""

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from longctx.errors import InputError
 from longctx.mixers.base import HeadsConfig, Mixer, Place, RMSNorm, split_heads
+from longctx.sequence.expected import Expected, Share, Sizes, decay_traffic
+from longctx.sequence.sharded import Transports
 from longctx.sequence.view import LocalView, SequenceView, one_row
 
 
@@ -85,6 +87,9 @@ class LinearConfig(HeadsConfig, kind="linear"):
                 f"{where}.denominator needs a positive feature map; {self.feature_map!r} is not: "
                 "choose relu, elu1, sigmoid or softmax, or leave the denominator out"
             )
+
+    def refusal(self, transports: Transports) -> str:
+        return super().refusal(transports) if transports.prefix == "ulysses" else ""
 
 
 class LinearParts(NamedTuple):
@@ -162,3 +167,8 @@ class Linear(Mixer):
 
     def core_flops(self, contexts_M: Tensor) -> int:
         return 4 * self.num_heads * self.state_size * contexts_M.numel()
+
+    def expected_traffic(self, share: Share) -> Expected:
+        key_dim = self.query.out_features // self.num_heads
+        value_dim = self.state_size // key_dim
+        return decay_traffic(share, Sizes(self.num_heads, self.num_heads, key_dim, value_dim))

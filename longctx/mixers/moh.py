@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from longctx.errors import InputError
 from longctx.mixers.base import Mixer, MixerConfig, Place
+from longctx.sequence.expected import Expected, Share, combined, reduce_traffic
+from longctx.sequence.sharded import Transports
 from longctx.sequence.view import LocalView, SequenceView
 
 
@@ -28,17 +30,22 @@ class MoHConfig(MixerConfig, kind="moh"):
     """Routed heads that a token uses."""
     balance_weight: float = 0.01
     """Weight of the balance loss, averaged over the layers that have one."""
+    router_noise: float = 0.0
+    """Scale of the Gumbel noise on routed logits in training."""
 
     def build(self, place: Place) -> "MoH":
         return MoH(self, place)
 
+    def verbs(self) -> frozenset[str]:
+        return self.inner.verbs() | {"reduce"}
+
     def check(self, width: int, where: str) -> None:
         self.inner.check(width, f"{where}.inner")
-        if self.balance_weight < 0:
-            raise InputError(
-                f"{where}.balance_weight = {self.balance_weight}: must not be negative"
-            )
-        num_heads = self.inner.build(Place(width, 0, 1)).num_heads
+        for name in ("balance_weight", "router_noise"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{where}.{name} = {getattr(self, name)}: must not be negative")
+        with torch.device("meta"):
+            num_heads = self.inner.build(Place(width, 0, 1)).num_heads
         if self.shared_heads < 0 or self.shared_heads >= num_heads:
             raise InputError(
                 f"{where}.shared_heads = {self.shared_heads}: must be at least 0 and below the "
@@ -50,6 +57,10 @@ class MoHConfig(MixerConfig, kind="moh"):
                 f"{where}.active_heads = {self.active_heads}: must be between 1 and the {routed} "
                 "routed heads (heads of inner less shared_heads)"
             )
+
+    def refusal(self, transports: Transports) -> str:
+        reason = self.inner.refusal(transports)
+        return reason and f"inner.{reason}"
 
 
 class Routed(NamedTuple):
@@ -78,7 +89,7 @@ class MoH(Mixer):
             self.split = nn.Linear(place.width, 2, bias=False)
 
     def project(self, x_BTD: Tensor, view: SequenceView) -> Routed:
-        probability = self.route(x_BTD).softmax(-1)
+        probability = self._logits(x_BTD, view).softmax(-1)
         order = probability.sort(dim=-1, descending=True, stable=True).indices
         chosen = torch.zeros_like(probability).scatter(
             -1, order[..., : self.config.active_heads], 1
@@ -92,6 +103,13 @@ class MoH(Mixer):
                 shared = self.config.shared_heads * self.share(x_BTD).softmax(-1)
             gate = torch.cat((split[..., :1] * shared, split[..., 1:] * gate), -1)
         return Routed(self.inner.project(x_BTD, view), gate, probability, chosen)
+
+    def _logits(self, x_BTD: Tensor, view: SequenceView) -> Tensor:
+        logits_BTE = self.route(x_BTD)
+        if self.config.router_noise and self.training:
+            chance_BTE = view.uniform("router", logits_BTE.shape[-1]).clamp(min=1e-7)
+            logits_BTE = logits_BTE - self.config.router_noise * (-chance_BTE.log()).log()
+        return logits_BTE
 
     def losses(self, projected: Routed, view: SequenceView) -> dict[str, Tensor]:
         probability_E = view.reduce_mean(projected.probability_BTE)
@@ -118,3 +136,8 @@ class MoH(Mixer):
 
     def core_flops(self, contexts_M: Tensor) -> int:
         return self.inner.core_flops(contexts_M)
+
+    def expected_traffic(self, share: Share) -> Expected:
+        """Of `inner`; of both means forward, and backward of the only one that has a gradient."""
+        means = reduce_traffic(share, self.num_heads - self.config.shared_heads, (2, 1))
+        return combined((self.inner.expected_traffic(share), means))

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from longctx.errors import InputError
 from longctx.mixers.base import HeadsConfig, Mixer, Place, RMSNorm, split_heads
+from longctx.sequence.expected import Expected, Share, Sizes, softmax_traffic
+from longctx.sequence.sharded import Transports
 from longctx.sequence.view import LocalView, SequenceView, one_row
 
 
@@ -49,6 +51,16 @@ class SoftmaxConfig(HeadsConfig, kind="softmax"):
             raise InputError(f"{where}.rope_fraction = {self.rope_fraction}: must be in 0..1")
         if self.rope_base <= 0:
             raise InputError(f"{where}.rope_base = {self.rope_base}: must be positive")
+
+    def refusal(self, transports: Transports) -> str:
+        group, key_heads = transports.heads, self.num_kv_heads or self.num_heads
+        reason = super().refusal(transports)
+        if reason or key_heads % group == 0 or group % key_heads == 0:
+            return reason
+        return (
+            f"num_kv_heads = {key_heads} is neither a multiple nor a divisor of "
+            f"parallel.heads = {group}: change one of them"
+        )
 
 
 def rotate(x_BTHK: Tensor, positions_BT: Tensor, base: float, fraction: float) -> Tensor:
@@ -125,3 +137,7 @@ class Softmax(Mixer):
     def core_flops(self, contexts_M: Tensor) -> int:
         seen_M = contexts_M.clamp(max=self.config.window) if self.config.window else contexts_M
         return 4 * self.num_heads * self.size * int(seen_M.sum())
+
+    def expected_traffic(self, share: Share) -> Expected:
+        sizes = Sizes(self.num_heads, self.num_kv_heads, self.size, self.size)
+        return softmax_traffic(share, sizes, self.config.window)

@@ -31,6 +31,8 @@ class ModelConfig:
     """Hidden size of the feed-forward layers; 0 means 8/3 of width, rounded up to 32."""
     tied_head: bool = True
     """Use the embedding as the output head."""
+    dropout: float = 0.0
+    """Share of a layer's outputs that training leaves out."""
     init_std: float = 0.02
     """Standard deviation of initial weights; divided by sqrt(2 depth) on the way back to width."""
 
@@ -49,6 +51,8 @@ class ModelConfig:
                 )
         for letter, mixer in self.mixers.items():
             mixer.check(self.width, f"model.mixers.{letter}")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"model.dropout = {self.dropout}: must be at least 0 and below 1")
         if self.mlp_hidden < 0:
             raise InputError(f"model.mlp_hidden = {self.mlp_hidden}: must be 0 or positive")
 
@@ -69,12 +73,20 @@ class Block(nn.Module):
         self.mixer: Mixer = config.layers[layer].build(Place(width, layer, config.depth))
         self.mlp_norm = RMSNorm(width)
         self.mlp = SwiGLU(width, config.mlp_hidden or -(-width * 8 // 96) * 32)
+        self.dropout = config.dropout
 
     def forward(self, x_BTD: Tensor, view: SequenceView) -> tuple[Tensor, dict[str, Tensor]]:
         """New residual stream, and the mixer's losses."""
         mixed = self.mixer(self.mixer_norm(x_BTD), view)
-        x_BTD = x_BTD + mixed.out
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), mixed.losses
+        x_BTD = x_BTD + self._drop(mixed.out, view, "mixer dropout")
+        out_BTD = self.mlp(self.mlp_norm(x_BTD))
+        return x_BTD + self._drop(out_BTD, view, "mlp dropout"), mixed.losses
+
+    def _drop(self, x_BTD: Tensor, view: SequenceView, purpose: str) -> Tensor:
+        if not (self.dropout and self.training):
+            return x_BTD
+        kept_BTD = view.uniform(purpose, x_BTD.shape[-1]) >= self.dropout
+        return x_BTD * kept_BTD / (1 - self.dropout)
 
     def step(self, x_BTD: Tensor, view: LocalView, memory: Any) -> tuple[Tensor, Any]:
         """The same for the next tokens of a sequence."""
@@ -107,8 +119,8 @@ class Decoder(nn.Module):
         """Losses of a batch whose labels are already shifted; label -100 is left out."""
         x_BTD = self.embedding(tokens_BT)
         by_name: dict[str, list[Tensor]] = {}
-        for block in self.blocks:
-            x_BTD, losses = block(x_BTD, view)
+        for layer, block in enumerate(self.blocks):
+            x_BTD, losses = block(x_BTD, view.at(layer))
             for name, loss in losses.items():
                 by_name.setdefault(name, []).append(loss)
         means = {name: torch.stack(losses).mean() for name, losses in by_name.items()}

@@ -5,8 +5,10 @@ Queries stay; keys and values come to them: all at once (`allgather`, by chunks 
 the saved output and log-sum-exp and never repeats a forward tile.
 """
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -58,18 +60,85 @@ def block_tiles(plan: Plan, source: int) -> list[Tile]:
     return sorted(tiles, key=lambda tile: not tile.first)
 
 
+@dataclass(frozen=True)
+class _Forward:
+    """The tiles of a forward pass; they fill (out, lse). Own keys come first for every head."""
+
+    plan: Plan
+    operands: Tensors
+    results: Tensors
+
+    @property
+    def key_heads(self) -> slice:
+        """All of them."""
+        return slice(0, self.operands[1].shape[0])
+
+    def keys(self, heads: slice) -> Tensors:
+        """Own keys and values of some key heads."""
+        return tuple(x[heads] for x in self.operands[1:])
+
+    def queries(self, heads: slice) -> slice:
+        """The query heads that read these key heads."""
+        group = self.operands[0].shape[0] // self.operands[1].shape[0]
+        return slice(heads.start * group, heads.stop * group)
+
+    def attend(self, block: Tensors, source: int, heads: slice) -> None:
+        """Own queries against the keys of rank `source`."""
+        queries = self.queries(heads)
+        q_HTK, results = self.operands[0][queries], tuple(x[queries] for x in self.results)
+        attend((q_HTK, *block), results, block_tiles(self.plan, source), _scale(q_HTK))
+
+
+@dataclass(frozen=True)
+class _Backward(_Forward):
+    """The tiles of a backward pass; they add to the gradients of q, k, v."""
+
+    dout_HTV: Tensor
+    gradients: Tensors
+
+    def attend_own(self, heads: slice) -> None:
+        """Gradients of own queries and own keys: work that waits for nobody."""
+        if heads.start < heads.stop:
+            own = tuple(x[heads] for x in self.gradients[1:])
+            self._add(self.keys(heads), own, self.plan.rank, heads)
+
+    def attend_block(self, block: Tensors, source: int, heads: slice) -> list[Tensor]:
+        """Adds to the gradient of own queries; gives those of another rank's keys."""
+        grads = [torch.zeros_like(x, dtype=self.gradients[0].dtype) for x in block]
+        self._add(block, grads, source, heads)
+        return grads
+
+    def _add(self, block: Tensors, grads: Sequence[Tensor], source: int, heads: slice) -> None:
+        queries = self.queries(heads)
+        q_HTK, dq_HTK = self.operands[0][queries], self.gradients[0][queries]
+        attend_backward(
+            self.dout_HTV[queries],
+            (q_HTK, *block),
+            tuple(x[queries] for x in self.results),
+            (dq_HTK, *grads),
+            block_tiles(self.plan, source),
+            _scale(q_HTK),
+        )
+
+    def arrived(self, message: Tensor, heads: slice) -> None:
+        """Adds what other ranks found for own keys."""
+        own = tuple(x[heads] for x in self.gradients[1:])
+        for dx, value in zip(own, _unpack(message, own)):
+            dx += value
+
+
 class _Transport(Protocol):
-    """Brings keys to queries; fills (out, lse), or adds to the gradients of q, k, v."""
+    """Brings keys to queries."""
 
-    def forward(self, operands: Tensors, results: Tensors) -> None: ...
+    plan: Plan
 
-    def backward(
-        self, dout_HTV: Tensor, operands: Tensors, results: Tensors, gradients: Tensors
-    ) -> None: ...
+    def forward(self, work: _Forward) -> None: ...
+
+    def backward(self, work: _Backward) -> None: ...
 
 
 class _AttentionCore(torch.autograd.Function):
-    """Hands the loop over blocks to a transport; own keys always come first."""
+    """Hands the loop over blocks to a transport."""
 
     @staticmethod
     def forward(
@@ -78,7 +147,7 @@ class _AttentionCore(torch.autograd.Function):
         wide = torch.promote_types(q_HTK.dtype, torch.float32)
         out_HTV = q_HTK.new_empty(*q_HTK.shape[:2], v_JTV.shape[-1], dtype=wide)
         lse_HT = out_HTV.new_empty(q_HTK.shape[:2])
-        transport.forward((q_HTK, k_JTK, v_JTV), (out_HTV, lse_HT))
+        transport.forward(_Forward(transport.plan, (q_HTK, k_JTK, v_JTV), (out_HTV, lse_HT)))
         out_HTV = out_HTV.to(v_JTV.dtype)
         ctx.save_for_backward(q_HTK, k_JTK, v_JTV, out_HTV, lse_HT)
         ctx.transport = transport
@@ -87,9 +156,10 @@ class _AttentionCore(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout_HTV: Tensor) -> Any:
         q_HTK, k_JTK, v_JTV, out_HTV, lse_HT = ctx.saved_tensors
-        operands = (q_HTK, k_JTK, v_JTV)
+        operands, results = (q_HTK, k_JTK, v_JTV), (out_HTV, lse_HT)
         gradients = tuple(torch.zeros_like(x, dtype=lse_HT.dtype) for x in operands)
-        ctx.transport.backward(dout_HTV, operands, (out_HTV, lse_HT), gradients)
+        transport = ctx.transport
+        transport.backward(_Backward(transport.plan, operands, results, dout_HTV, gradients))
         return *(dx.to(x.dtype) for dx, x in zip(gradients, operands)), None
 
 
@@ -97,14 +167,23 @@ def _scale(q_HTK: Tensor) -> float:
     return q_HTK.shape[-1] ** -0.5
 
 
-@dataclass(frozen=True)
+def _halves(heads: slice) -> tuple[slice, slice]:
+    middle = (heads.start + heads.stop + 1) // 2
+    return slice(heads.start, middle), slice(middle, heads.stop)
+
+
+@dataclass
 class _Ring:
-    """Blocks of keys travel round; in the backward pass their gradients travel with them."""
+    """Blocks of keys travel round; in the backward pass their gradients travel with them.
+
+    Gradients of own keys stay at home: half of that work hides the first trip of the keys, half
+    the last trip of the gradients.
+    """
 
     plan: Plan
     wires: Wires
 
-    def _shift(self, block: tuple[Tensor, ...], source: int, label: Label) -> Pending:
+    def _shift(self, block: Sequence[Tensor], source: int, label: Label) -> Pending:
         """Passes the block of rank `source` on and receives that of the rank before it."""
         communicator, lengths = self.wires.communicator, self.plan.placement.lengths
         size, tokens = communicator.size, lengths[(source - 1) % communicator.size]
@@ -113,126 +192,109 @@ class _Ring:
         right, left = (communicator.rank + 1) % size, (communicator.rank - 1) % size
         return communicator.exchange([(right, message)], [(left, shape)], message, label)
 
-    def forward(self, operands: Tensors, results: Tensors) -> None:
-        q_HTK, *block = operands
-        communicator = self.wires.communicator
-        for hop in range(communicator.size):
-            source = (communicator.rank - hop) % communicator.size
-            pending = None
-            if hop + 1 < communicator.size:
-                pending = self._shift(tuple(block), source, self.wires.label)
-            attend((q_HTK, *block), results, block_tiles(self.plan, source), _scale(q_HTK))
-            if pending:
-                block = _unpack(pending.wait()[0], operands[1:])
-
-    def backward(
-        self, dout_HTV: Tensor, operands: Tensors, results: Tensors, gradients: Tensors
-    ) -> None:
-        q_HTK, *block = operands
-        communicator, label = self.wires.communicator, self.wires.label.reversed()
-        size, travelling = communicator.size, None
+    def _blocks(self, work: _Forward, label: Label) -> Iterator[tuple[int, Tensors]]:
+        """(rank, its keys), own ones first; the next block comes while this one is worked on."""
+        rank, size = self.wires.communicator.rank, self.wires.communicator.size
+        block = work.keys(work.key_heads)
         for hop in range(size):
-            source = (communicator.rank - hop) % size
-            pending = None
-            if hop + 1 < size:
-                pending = self._shift(tuple(block), source, label)
-            grads = [torch.zeros_like(x, dtype=gradients[0].dtype) for x in block]
-            tiles = block_tiles(self.plan, source)
-            attend_backward(
-                dout_HTV, (q_HTK, *block), results, (gradients[0], *grads), tiles, _scale(q_HTK)
-            )
-            if travelling:
-                arrived = _unpack(travelling.wait()[0], gradients[1:])
-                grads = [dx + other for dx, other in zip(grads, arrived)]
-            if size > 1:
-                travelling = self._shift(tuple(grads), source, label)
+            source = (rank - hop) % size
+            pending = self._shift(block, source, label) if hop + 1 < size else None
+            yield source, block
             if pending:
-                block = _unpack(pending.wait()[0], operands[1:])
-        home = _unpack(travelling.wait()[0], gradients[1:]) if travelling else grads
-        for dx, value in zip(gradients[1:], home):
-            dx.copy_(value)
+                block = _unpack(pending.wait()[0], work.operands[1:])
+
+    def forward(self, work: _Forward) -> None:
+        for source, block in self._blocks(work, self.wires.label):
+            work.attend(block, source, work.key_heads)
+
+    def backward(self, work: _Backward) -> None:
+        label, travelling = self.wires.label.reversed(), None
+        early, late = _halves(work.key_heads)
+        for source, block in self._blocks(work, label):
+            if source == self.plan.rank:
+                work.attend_own(early)
+                continue
+            grads = work.attend_block(block, source, work.key_heads)
+            if travelling:
+                for dx, value in zip(grads, _unpack(travelling.wait()[0], block)):
+                    dx += value
+            travelling = self._shift(grads, source, label)
+        work.attend_own(late)
+        if travelling:
+            work.arrived(travelling.wait()[0], work.key_heads)
 
 
-def _pack(block: tuple[Tensor, ...]) -> Tensor:
+def _pack(block: Sequence[Tensor]) -> Tensor:
     """Keys and values in one message: `[J * (K + V), M]` with tokens last."""
     return torch.cat([x.mT.flatten(0, 1) for x in block])
 
 
-def _unpack(message: Tensor, like: tuple[Tensor, ...]) -> list[Tensor]:
+def _unpack(message: Tensor, like: Tensors) -> Tensors:
     rows = [x.shape[0] * x.shape[2] for x in like]
-    return [
+    return tuple(
         part.view(x.shape[0], x.shape[2], -1).mT.contiguous()
         for part, x in zip(message.split(rows), like)
-    ]
+    )
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Gather:
-    """All keys at once, `heads` key heads at a time (0: all); the next chunk comes during work."""
+    """All keys at once, `heads` key heads at a time (0: all).
+
+    A chunk comes, and the gradients of the one before it leave, while there is work on own keys or
+    on another chunk.
+    """
 
     plan: Plan
     wires: Wires
     heads: int
 
-    def _chunks(self, operands: Tensors) -> list[tuple[slice, slice]]:
-        """Query heads and key heads of each chunk."""
-        query_heads, key_heads = operands[0].shape[0], operands[1].shape[0]
-        group, size = query_heads // key_heads, self.heads or key_heads
-        starts = range(0, key_heads, size)
-        return [
-            (slice(j * group, (j + size) * group), slice(j, min(key_heads, j + size)))
-            for j in starts
-        ]
+    def _chunks(
+        self, work: _Forward, label: Label
+    ) -> Iterator[tuple[slice, Callable[[], list[Tensor]]]]:
+        """Key heads, and the call that waits for everybody's and asks for the next ones."""
+        total = work.key_heads.stop
+        size = self.heads or total
+        chunks = [slice(j, min(j + size, total)) for j in range(0, total, size)]
+        under_way = deque([self._start(work, chunks[0], label)])
 
-    def _gathered(
-        self, operands: Tensors, label: Label
-    ) -> Iterator[tuple[slice, slice, list[list[Tensor]]]]:
-        chunks = self._chunks(operands)
-        pending = self._start(operands, chunks[0][1], label)
-        for i, (queries, keys) in enumerate(chunks):
-            parts = pending.wait()
-            if i + 1 < len(chunks):
-                pending = self._start(operands, chunks[i + 1][1], label)
-            yield queries, keys, [_unpack(x, tuple(o[keys] for o in operands[1:])) for x in parts]
+        def receive(following: list[slice]) -> list[Tensor]:
+            parts = under_way.popleft().wait()
+            under_way.extend(self._start(work, heads, label) for heads in following)
+            return parts
 
-    def _start(self, operands: Tensors, keys: slice, label: Label) -> Pending:
-        message = _pack(tuple(x[keys] for x in operands[1:]))
-        tokens = (self.plan.rows * n for n in self.plan.placement.lengths)
-        shapes = [(message.shape[0], n) for n in tokens]
+        for i, heads in enumerate(chunks):
+            yield heads, partial(receive, chunks[i + 1 : i + 2])
+
+    def _start(self, work: _Forward, heads: slice, label: Label) -> Pending:
+        message = _pack(work.keys(heads))
+        shapes = [(message.shape[0], self.plan.rows * n) for n in self.plan.placement.lengths]
         return self.wires.communicator.all_gather(message, label, shapes)
 
-    def _sources(self) -> list[int]:
-        """Own block first: it leaves no query without a key."""
-        communicator = self.wires.communicator
-        return [(communicator.rank - hop) % communicator.size for hop in range(communicator.size)]
+    def forward(self, work: _Forward) -> None:
+        rank, size = self.wires.communicator.rank, self.wires.communicator.size
+        for heads, receive in self._chunks(work, self.wires.label):
+            own = work.keys(heads)
+            work.attend(own, rank, heads)
+            parts = receive()
+            for source in ((rank - hop) % size for hop in range(1, size)):
+                work.attend(_unpack(parts[source], own), source, heads)
 
-    def forward(self, operands: Tensors, results: Tensors) -> None:
-        for queries, _, blocks in self._gathered(operands, self.wires.label):
-            q_HTK, chunk = operands[0][queries], tuple(x[queries] for x in results)
-            for source in self._sources():
-                tiles = block_tiles(self.plan, source)
-                attend((q_HTK, *blocks[source]), chunk, tiles, _scale(q_HTK))
-
-    def backward(
-        self, dout_HTV: Tensor, operands: Tensors, results: Tensors, gradients: Tensors
-    ) -> None:
-        label, wide = self.wires.label.reversed(), gradients[0].dtype
-        for queries, keys, blocks in self._gathered(operands, label):
-            q_HTK, dq_HTK = operands[0][queries], gradients[0][queries]
-            messages = []
-            for source in range(self.wires.communicator.size):
-                grads = tuple(torch.zeros_like(x, dtype=wide) for x in blocks[source])
-                attend_backward(
-                    dout_HTV[queries],
-                    (q_HTK, *blocks[source]),
-                    tuple(x[queries] for x in results),
-                    (dq_HTK, *grads),
-                    block_tiles(self.plan, source),
-                    _scale(q_HTK),
-                )
-                messages.append(_pack(grads))
-            own = self.wires.communicator.reduce_scatter(messages, label).wait()[0]
-            for dx, value in zip(
-                gradients[1:], _unpack(own, tuple(g[keys] for g in gradients[1:]))
-            ):
-                dx[keys] = value
+    def backward(self, work: _Backward) -> None:
+        communicator, label = self.wires.communicator, self.wires.label.reversed()
+        leaving: tuple[Pending, slice] | None = None
+        for heads, receive in self._chunks(work, label):
+            early, late = _halves(heads)
+            work.attend_own(early)
+            own, parts, messages = work.keys(heads), receive(), []
+            for source, part in enumerate(parts):
+                if source == communicator.rank:
+                    messages.append(torch.zeros_like(part, dtype=work.gradients[0].dtype))
+                else:
+                    messages.append(_pack(work.attend_block(_unpack(part, own), source, heads)))
+            if leaving:
+                work.arrived(leaving[0].wait()[0], leaving[1])
+            leaving = communicator.reduce_scatter(messages, label), heads
+            work.attend_own(late)
+        if leaving:
+            work.arrived(leaving[0].wait()[0], leaving[1])

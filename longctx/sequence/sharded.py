@@ -63,10 +63,10 @@ class ShardedView(SequenceView):
         """Position of each token within its document."""
         return self.plan.positions_BT.to(self.device)
 
-    def at(self, layer: int) -> "ShardedView":
-        view = ShardedView(self.plan, self.links, self.transports, layer)
-        view.positions_BT, view.device = self.positions_BT, self.device
-        return view
+    @cached_property
+    def token_ids_BT(self) -> Tensor:  # type: ignore[override]
+        """Position of each token within its whole sequence."""
+        return self.plan.token_ids_BT.to(self.device)
 
     def _label(self, verb: str) -> Label:
         return Label(self.layer, verb)
@@ -75,7 +75,7 @@ class ShardedView(SequenceView):
         self, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, log_decay_H: Tensor | None
     ) -> Tensor:
         if self.transports.prefix == "ulysses":
-            inner, trade = self._by_heads
+            inner, trade = self._by_heads()
             if log_decay_H is not None:
                 log_decay_H = trade.share(log_decay_H, 0)
             q, k, v = (trade.gather_tokens(x) for x in (q_BTHK, k_BTHK, v_BTHV))
@@ -97,7 +97,7 @@ class ShardedView(SequenceView):
         self, q_BTHK: Tensor, k_BTJK: Tensor, v_BTJV: Tensor, window: int
     ) -> Tensor:
         if self.transports.heads > 1:
-            inner, trade = self._by_heads
+            inner, trade = self._by_heads()
             k_BTJK, v_BTJV = trade.repeated(k_BTJK), trade.repeated(v_BTJV)
             q, k, v = (trade.gather_tokens(x) for x in (q_BTHK, k_BTJK, v_BTJV))
             return trade.gather_heads(inner.softmax_attention(q, k, v, window))
@@ -133,7 +133,6 @@ class ShardedView(SequenceView):
         total = Reduce.apply(x_BTE.sum((0, 1)), self.links.sequence, self._label("reduce"))
         return total / (self.plan.rows * self.plan.placement.length)
 
-    @cached_property
     def _by_heads(self) -> tuple[SequenceView, HeadTrade]:
         """The view inside a Ulysses group, and the trade that leads there."""
         size = self.links.heads.size

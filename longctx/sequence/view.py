@@ -4,8 +4,10 @@ A mixer is written once against this interface. On one process the view holds wh
 other implementations spread a sequence over ranks and answer the same calls with the same values.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from functools import cached_property
+from typing import Self
 
 import torch
 from longctx_kernels.decay_attention import decay_attention
@@ -13,6 +15,7 @@ from longctx_kernels.softmax_attention import softmax_attention
 from torch import Tensor
 
 from longctx.sequence.plan import Documents
+from longctx.sequence.randomness import token_keys, uniform
 
 
 def one_row(x_BTHD: Tensor) -> Tensor:
@@ -20,15 +23,37 @@ def one_row(x_BTHD: Tensor) -> Tensor:
     return x_BTHD.flatten(0, 1)[None]
 
 
+PURPOSES = ("mixer dropout", "mlp dropout", "router")
+
+
 class SequenceView(ABC):
     """Tokens `[B, T]` of this process."""
 
     positions_BT: Tensor
     """Position of each token within its document."""
+    token_ids_BT: Tensor
+    """Position of each token within its whole sequence."""
+    keys_BT: Tensor | None = None
+    """What random numbers of each token depend on."""
+    layer: int = 0
 
-    def at(self, layer: int) -> "SequenceView":
-        """The same view, named for what a layer exchanges."""
-        return self
+    def at(self, layer: int) -> Self:
+        """The same view, named for what a layer exchanges and draws."""
+        view = copy.copy(self)
+        view.layer = layer
+        return view
+
+    def keyed(self, seed: int, step: int, sequence_ids: tuple[int, ...]) -> Self:
+        """The same view with random numbers of its own for this step."""
+        view = copy.copy(self)
+        view.keys_BT = token_keys(seed, step, sequence_ids, self.token_ids_BT)
+        return view
+
+    def uniform(self, purpose: str, width: int) -> Tensor:
+        """Random numbers in [0, 1) `[B, T, width]` that do not depend on how tokens are split."""
+        if self.keys_BT is None:
+            raise ValueError("this view has no random numbers; make one with keyed()")
+        return uniform(self.keys_BT, self.layer, PURPOSES.index(purpose), width)
 
     @abstractmethod
     def decay_attention(
@@ -58,6 +83,7 @@ class LocalView(SequenceView):
         starts_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
         index_T = torch.arange(self.length, device=self._device).expand(self.batch, -1)
         self.positions_BT = index_T - (index_T * starts_BT).cummax(1).values
+        self.token_ids_BT = index_T
         cuts = starts_BT.flatten().nonzero()[:, 0].tolist()
         self.cuts = (*cuts, self.batch * self.length)
 

@@ -125,6 +125,22 @@ class MetricsLog:
             self.warn(f"W&B failed and is off for the rest of the run: {reason}")
 
 
+class SilentLog:
+    """The log of processes that leave the talking to the first one."""
+
+    def step(self, row: dict) -> None:
+        """Nothing."""
+
+    def info(self, text: str) -> None:
+        """Nothing."""
+
+    def warn(self, text: str) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file that is either complete or not there; non-finite numbers become null."""
     path = Path(path)

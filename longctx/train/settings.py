@@ -10,6 +10,8 @@ from longctx.config import decode, load_table
 from longctx.data import DataConfig
 from longctx.errors import InputError
 from longctx.model.decoder import ModelConfig
+from longctx.parallel import ParallelConfig
+from longctx.parallel.mesh import local_rank
 from longctx.train.checkpoint import CheckpointConfig
 from longctx.train.metrics import LogConfig
 from longctx.train.optim import OptimConfig
@@ -72,7 +74,9 @@ class TrainConfig:
         has_gpu = torch.cuda.is_available()
         if self.device == "cuda" and not has_gpu:
             raise InputError("train.device = 'cuda': no GPU here; use 'cpu' or 'auto'")
-        return torch.device("cuda" if has_gpu and self.device != "cpu" else "cpu")
+        if not has_gpu or self.device == "cpu":
+            return torch.device("cpu")
+        return torch.device("cuda", local_rank())
 
     def resolve_precision(self, device: torch.device) -> str:
         """The precision that `precision` means on `device`."""
@@ -106,6 +110,7 @@ class Settings:
     model: ModelConfig
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)

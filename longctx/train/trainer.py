@@ -3,20 +3,23 @@
 import contextlib
 import math
 import time
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from longctx.config import to_dict
-from longctx.data import Batch, Loader, Loaders, build_loaders, num_valid, split
+from longctx.data import Loader, Loaders, build_loaders
+from longctx.errors import InputError
 from longctx.model.decoder import Decoder, Losses, initialise
-from longctx.sequence.view import LocalView
+from longctx.parallel import Mesh, Split, resolve, world_size
 from longctx.train import checkpoint
 from longctx.train.curves import draw_loss
 from longctx.train.environment import describe
 from longctx.train.hardware import peak_flops, peak_memory_bytes
-from longctx.train.metrics import MetricsLog, write_json
+from longctx.train.metrics import MetricsLog, SilentLog, write_json
 from longctx.train.optim import build_optimizer, clip_gradients, learning_rate
 from longctx.train.run_directory import open_run, write_config
 from longctx.train.settings import DTYPES, Settings
@@ -25,18 +28,41 @@ from longctx.train.signals import StopRequest
 
 def train(settings: Settings) -> str:
     """Trains, or goes on with, the run of these settings; the signal that stopped it, or ""."""
-    device = settings.train.resolve_device()
-    loaders = build_loaders(
-        settings.data, settings.train.seq_len, settings.train.batch_size, settings.run.seed
-    )
-    resumed = open_run(settings, loaders.fingerprint)
-    trainer = Trainer(settings, loaders, device)
+    device, split, loaders, resumed = prepare(settings, world_size())
+    mesh = Mesh(split, device, settings.parallel.timeout_seconds)
+    trainer = Trainer(settings, loaders, mesh)
     if resumed:
         trainer.load(resumed)
     elif settings.run.init_from:
         checkpoint.load_model(checkpoint.resolve(settings.run.init_from), trainer.model)
-    write_config(settings)
-    return trainer.run()
+    if mesh.rank == 0:
+        write_config(settings)
+    stopped_by = trainer.run()
+    mesh.close()
+    return stopped_by
+
+
+class Prepared(NamedTuple):
+    """What is known before processes speak to each other."""
+
+    device: torch.device
+    split: Split
+    loaders: Loaders
+    resumed: Path | None
+
+
+def prepare(settings: Settings, processes: int) -> Prepared:
+    """Refuses what cannot run on this many processes, before anything is written or sent."""
+    config = settings.train
+    device = config.resolve_device()
+    split = resolve(settings.parallel, settings.model.layers, processes, config.seq_len)
+    if config.batch_size % split.dp:
+        raise InputError(
+            f"train.batch_size = {config.batch_size} is not a multiple of the {split.dp} replicas "
+            "(processes / parallel.sp)"
+        )
+    loaders = build_loaders(settings.data, config.seq_len, config.batch_size, settings.run.seed)
+    return Prepared(device, split, loaders, open_run(settings, loaders.fingerprint))
 
 
 @dataclass
@@ -49,62 +75,68 @@ class Progress:
 
 
 class Trainer:
-    """Model, optimizer and progress of one run."""
+    """Model, optimizer and progress of one run, on one of its processes."""
 
-    def __init__(self, settings: Settings, loaders: Loaders, device: torch.device):
-        self.settings, self.loaders, self.device = settings, loaders, device
-        self.precision = settings.train.resolve_precision(device)
+    def __init__(self, settings: Settings, loaders: Loaders, mesh: Mesh):
+        self.settings, self.loaders, self.mesh, self.device = settings, loaders, mesh, mesh.device
+        self.precision = settings.train.resolve_precision(self.device)
         self.model = Decoder(settings.model, loaders.vocab_size)
         initialise(self.model, settings.run.seed)
-        self.model.to(device, torch.float64 if self.precision == "fp64" else torch.float32)
+        self.model.to(self.device, torch.float64 if self.precision == "fp64" else torch.float32)
         self.optimizer = build_optimizer(self.model, settings.optim)
+        self.segments = mesh.segments(settings.train.seq_len)
         self.progress = Progress()
-        self.peak_flops, self.peak_source = peak_flops(device, DTYPES[self.precision])
+        self.peak_flops, self.peak_source = peak_flops(self.device, DTYPES[self.precision])
 
     def run(self) -> str:
         """Steps until the end, `stop_after` or a signal; every way out leaves a checkpoint."""
         settings, progress = self.settings, self.progress
         last = min(settings.train.stop_after or math.inf, settings.train.steps)
-        folder = settings.run.path
-        resolved = to_dict(settings)
-        log = MetricsLog(folder, settings.log, settings.run.name, resolved, progress.step)
+        every = settings.checkpoint.every
+        log, stopped, saved = self._open_log(), False, progress.step
         try:
-            write_json(folder / "environment.json", describe())
-            self._introduce(log)
             with StopRequest() as stop:
-                saved = progress.step
-                while progress.step < last and not stop.requested:
-                    log.step(self.step())
-                    if settings.checkpoint.every and not progress.step % settings.checkpoint.every:
+                while progress.step < last and not stopped:
+                    row, stopped = self.step(bool(stop.requested))
+                    log.step(row)
+                    if every and progress.step % every == 0:
                         self.save()
                         saved = progress.step
                 if saved != progress.step:
                     self.save()
-            if stop.requested:
-                log.warn(f"{stop.requested}: saved step {progress.step}; the same command resumes")
-            else:
-                self._conclude(log)
-            return stop.requested
+            if stopped:
+                signal = stop.requested or "a signal to another process"
+                log.warn(f"{signal}: saved step {progress.step}; the same command resumes")
+                return signal
+            self._conclude(log)
+            return ""
         finally:
             log.close()
 
-    def step(self) -> dict[str, Any]:
-        """One optimizer step; its metrics."""
-        config, progress = self.settings.train, self.progress
+    def step(self, stop: bool = False) -> tuple[dict[str, Any], bool]:
+        """One optimizer step: its metrics, and whether any process wants to stop."""
+        config, progress, mesh = self.settings.train, self.progress, self.mesh
         started = time.perf_counter()
-        batch = self.loaders.train.batch(progress.step)
-        valid, flops = max(1, num_valid(batch)), 0
-        sums: dict[str, torch.Tensor] = {}
+        mesh.ledger.clear()
+        loader = self.loaders.train
+        ids = loader.ids(progress.step)
+        valid = max(1, loader.num_valid(ids))
+        rows = len(ids) // mesh.split.dp
+        mine = ids[mesh.dp_rank * rows : (mesh.dp_rank + 1) * rows]
+        sums: dict[str, torch.Tensor] = {
+            "stop": torch.tensor(float(stop)),
+            "flops": torch.zeros(()),
+        }
         self.model.train()
-        for micro in split(batch, config.micro_batch or config.batch_size):
-            losses, micro_flops = self._forward(micro)
-            share = len(micro.sequence_ids) / len(batch.sequence_ids)
+        for micro in _chunks(mine, config.micro_batch or rows):
+            losses, flops = self._forward(loader, micro)
+            share = len(micro) / len(ids) / mesh.split.sp
             terms = {"loss": losses.cross_entropy / valid}
             terms |= {f"{name}_loss": loss * share for name, loss in losses.mixers.items()}
             sum(terms.values()).backward()
-            for name, term in terms.items():
+            for name, term in (terms | {"flops": torch.tensor(float(flops))}).items():
                 sums[name] = sums.get(name, 0) + term.detach()
-            flops += micro_flops
+        mesh.sum_gradients(self.model)
         grad_norm = clip_gradients(self.model, self.settings.optim)
         progress.step += 1
         lr = learning_rate(self.settings.optim, progress.step, config.steps)
@@ -112,61 +144,67 @@ class Trainer:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
-        figures = {name: value.item() for name, value in sums.items()}
-        figures["grad_norm"] = grad_norm.item()
-        seconds = time.perf_counter() - started
-        return self._metrics(figures, lr, batch.tokens_BT.numel(), seconds, 3 * flops)
+        figures = self._sum_over_processes(sums)
+        figures |= {"grad_norm": grad_norm.item(), "lr": lr}
+        stop = figures.pop("stop") > 0
+        return self._metrics(figures, time.perf_counter() - started), stop
 
-    def _metrics(
-        self, figures: dict[str, float], lr: float, tokens: int, seconds: float, flops: int
-    ) -> dict[str, Any]:
-        progress, every = self.progress, self.settings.eval.every
+    def _sum_over_processes(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
+        values = torch.stack([x.to(self.device, torch.float64) for x in sums.values()])
+        return dict(zip(sums, self.mesh.sum(values, "metrics").tolist()))
+
+    def _metrics(self, figures: dict[str, float], seconds: float) -> dict[str, Any]:
+        progress, config = self.progress, self.settings.train
+        every, traffic = self.settings.eval.every, self.mesh.ledger.total()
+        tokens = config.batch_size * config.seq_len
         progress.tokens += tokens
         progress.seconds += seconds
+        rate = 3 * figures.pop("flops") / seconds
         row = {
             "step": progress.step,
             "tokens": progress.tokens,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
-            "mfu": flops / seconds / self.peak_flops,
-            "lr": lr,
+            "mfu": rate / (self.peak_flops * self.mesh.size),
             "peak_memory_bytes": peak_memory_bytes(self.device),
-            "exchange_bytes": 0,
-            "exchange_calls": 0,
+            "exchange_bytes": traffic.received,
+            "exchange_calls": traffic.calls,
         }
         row |= figures
-        if progress.step == self.settings.train.steps or (every and not progress.step % every):
-            row["val_loss"] = self.evaluate(self.loaders.validation)
+        if progress.step == config.steps or (every and progress.step % every == 0):
+            row["val_loss"] = self.evaluate()
         return row
 
     @torch.no_grad()
-    def evaluate(self, loader: Loader) -> float:
+    def evaluate(self) -> float:
         """Mean loss over the held-out sequences, in nats a token."""
         self.model.eval()
-        total, valid, left = 0.0, 0, self.settings.eval.sequences
-        step = 0
-        while left > 0:
-            micro = next(split(loader.batch(step), left))
-            total += self._forward(micro)[0].cross_entropy.item()
-            valid += num_valid(micro)
-            left -= len(micro.sequence_ids)
-            step += 1
-        return total / max(1, valid)
+        mesh, config, loader = self.mesh, self.settings.train, self.loaders.validation
+        ids = range(self.settings.eval.sequences)
+        total = torch.zeros((), dtype=torch.float64)
+        mine = ids[mesh.dp_rank :: mesh.split.dp]
+        for micro in _chunks(mine, config.micro_batch or config.batch_size // mesh.split.dp):
+            total += self._forward(loader, micro)[0].cross_entropy.item()
+        total = mesh.sum(total.to(self.device), "evaluation")
+        return total.item() / max(1, loader.num_valid(ids))
 
-    def _forward(self, batch: Batch) -> tuple[Losses, int]:
-        """Losses of a batch and the FLOPs of computing them."""
-        view = LocalView(batch.documents_BT.to(self.device))
+    def _forward(self, loader: Loader, ids: Sequence[int]) -> tuple[Losses, int]:
+        """This process's share of the losses of sequences, and the FLOPs of computing it."""
+        settings, device = self.settings, self.device
+        batch = loader.read(ids, self.segments)
+        view = self.mesh.view(batch.documents, settings.train.seq_len)
+        view = view.keyed(settings.run.seed, self.progress.step, batch.sequence_ids)
         autocast: Any = contextlib.nullcontext()
         if self.precision == "bf16":
-            autocast = torch.autocast(self.device.type, torch.bfloat16)
+            autocast = torch.autocast(device.type, torch.bfloat16)
         with autocast:
-            losses = self.model(
-                batch.tokens_BT.to(self.device), batch.labels_BT.to(self.device), view
-            )
+            losses = self.model(batch.tokens_BT.to(device), batch.labels_BT.to(device), view)
         return losses, sum(self.model.flops(view.positions_BT.flatten() + 1).values())
 
     def save(self) -> None:
-        """Writes a checkpoint and removes old ones."""
+        """Writes a checkpoint and removes old ones; one process does it for all."""
+        if self.mesh.rank:
+            return
         folder, progress = self.settings.run.path, self.progress
         state = {
             "tokens": progress.tokens,
@@ -178,7 +216,7 @@ class Trainer:
         checkpoint.save(folder, progress.step, self.model, self.optimizer, state)
         checkpoint.prune(folder, self.settings.checkpoint.keep)
 
-    def load(self, path) -> None:
+    def load(self, path: Path) -> None:
         """Goes back to a checkpoint: weights, optimizer, random state and place in the data."""
         state = checkpoint.load_state(path)
         checkpoint.load_model(path, self.model)
@@ -186,21 +224,37 @@ class Trainer:
         checkpoint.load_random(path)
         self.progress = Progress(state["step"], state["tokens"], state["seconds"])
 
-    def _introduce(self, log: MetricsLog) -> None:
-        train_config = self.settings.train
+    def _open_log(self) -> MetricsLog | SilentLog:
+        """The log, with a first line on what this run is."""
+        settings, split = self.settings, self.mesh.split
+        if self.mesh.rank:
+            return SilentLog()
+        folder, config = settings.run.path, settings.train
+        resolved = to_dict(settings)
+        log = MetricsLog(folder, settings.log, settings.run.name, resolved, self.progress.step)
+        write_json(folder / "environment.json", describe() | {"parallel": asdict(split)})
         log.info(
-            f"{self.settings.run.path}: {self.model.num_parameters():,} parameters, "
-            f"{train_config.steps} steps of {train_config.batch_size} x {train_config.seq_len} "
-            f"tokens, {self.precision} on {self.device.type}; MFU against "
-            f"{self.peak_flops / 1e9:,.0f} GFLOP/s ({self.peak_source})"
+            f"{folder}: {self.model.num_parameters():,} parameters, {config.steps} steps of "
+            f"{config.batch_size} x {config.seq_len} tokens, {self.precision} on "
+            f"{self.device.type}; MFU against {self.peak_flops / 1e9:,.0f} GFLOP/s a process "
+            f"({self.peak_source})"
         )
+        if self.mesh.size > 1:
+            way = split.transports
+            log.info(
+                f"{self.mesh.size} processes: dp {split.dp} x sp {split.sp}, {split.placement}, "
+                f"prefix {way.prefix}, stream {way.stream}, heads {way.heads}"
+            )
         if self.progress.step:
             log.info(f"resumed at step {self.progress.step}")
+        return log
 
-    def _conclude(self, log: MetricsLog) -> None:
+    def _conclude(self, log: MetricsLog | SilentLog) -> None:
         """Writes the summary and the picture."""
         folder, progress = self.settings.run.path, self.progress
-        val_loss = self.evaluate(self.loaders.validation)
+        val_loss = self.evaluate()
+        if self.mesh.rank:
+            return
         entropy = self.loaders.unigram_entropy
         summary = {
             "step": progress.step,
@@ -212,6 +266,7 @@ class Trainer:
             "parameters": self.model.num_parameters(),
             "precision": self.precision,
             "device": self.device.type,
+            "processes": self.mesh.size,
         }
         write_json(folder / "summary.json", summary)
         draw_loss(folder, entropy)
@@ -219,3 +274,7 @@ class Trainer:
             f"validation loss {val_loss:.4f} nats a token; "
             f"byte-unigram entropy of the held-out text {entropy:.4f}; results in {folder}"
         )
+
+
+def _chunks(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    return (ids[i : i + size] for i in range(0, len(ids), size))

@@ -1,0 +1,255 @@
+"""What ranks exchange, predicted from sizes alone: calls, bytes received, and what is refused.
+
+Every formula gives one rank's traffic in one forward and one backward pass, exactly as the ledger
+counts it. Exchanges within a group of one rank count as calls without bytes.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
+
+from longctx.sequence.ledger import Label, Traffic
+from longctx.sequence.placement import Placement, Segment
+from longctx.sequence.sharded import SCAN_BLOCKS, Transports
+
+Expected = dict[tuple[str, bool], Traffic]
+"""Traffic by (verb, whether in the backward pass)."""
+
+
+class Widths(NamedTuple):
+    """Bytes of an element: of activations, and of states, sums and their gradients."""
+
+    activation: int
+    state: int
+
+
+WIDTHS = {"fp64": Widths(8, 8), "fp32": Widths(4, 4), "bf16": Widths(2, 4)}
+"""Widths by `train.precision`."""
+
+
+class Sizes(NamedTuple):
+    """Heads, heads of keys and values, and the sizes of a key and of a value."""
+
+    heads: int
+    key_heads: int
+    key_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank has of a batch of `rows` sequences, and how it reaches the rest."""
+
+    placement: Placement
+    rank: int
+    rows: int
+    transports: Transports
+    widths: Widths
+
+    @property
+    def _groups(self) -> tuple[tuple[int, ...], ...]:
+        size = self.transports.heads
+        starts = range(0, self.placement.ranks, size)
+        return tuple(tuple(range(start, start + size)) for start in starts)
+
+    @property
+    def own_tokens(self) -> int:
+        """Tokens of a row on this rank."""
+        return self.placement.lengths[self.rank]
+
+    @property
+    def group_tokens(self) -> int:
+        """Tokens of a row in this rank's Ulysses group."""
+        members = self._groups[self.rank // self.transports.heads]
+        return sum(self.placement.lengths[rank] for rank in members)
+
+    def of_group(self) -> "Share | None":
+        """The share of the whole Ulysses group; None if that is everything."""
+        if len(self._groups) == 1:
+            return None
+        merged, group = self.placement.merged(self._groups), self.rank // self.transports.heads
+        transports = replace(self.transports, prefix="allgather", heads=1)
+        return replace(self, placement=merged, rank=group, transports=transports)
+
+
+def combined(parts: Iterable[Expected]) -> Expected:
+    """Everything together."""
+    total: Expected = {}
+    for part in parts:
+        for key, (calls, received) in part.items():
+            before = total.get(key, Traffic(0, 0))
+            total[key] = Traffic(before.calls + calls, before.received + received)
+    return total
+
+
+def _both_ways(verb: str, forward: Traffic, backward: Traffic) -> Expected:
+    both = {(verb, False): forward, (verb, True): backward}
+    return {key: traffic for key, traffic in both.items() if traffic.calls}
+
+
+def decay_traffic(share: Share, sizes: Sizes) -> Expected:
+    """Of `SequenceView.decay_attention`; its constant factors do not travel."""
+    if share.transports.prefix != "ulysses":
+        return prefix_traffic(share, sizes)
+    inner = sizes._replace(heads=sizes.heads // share.transports.heads)
+    inward = inner.heads * (2 * sizes.key_dim + sizes.value_dim)
+    trade, group = trade_traffic(share, inward, inner.heads * sizes.value_dim), share.of_group()
+    return combined([trade, prefix_traffic(group, inner)] if group else [trade])
+
+
+def prefix_traffic(share: Share, sizes: Sizes, factor: int = 0) -> Expected:
+    """Of states `[H, K, V]`, and of `factor` elements a segment and row that travel once with them.
+
+    All-gather receives (P - 1) s B (H K V + factor) elements forward and (P - 1) s B H K V
+    backward, s the largest number of segments of a rank. A chain receives B H K V for each segment
+    whose neighbour is on another rank.
+    """
+    placement, width = share.placement, share.rows * share.widths.state
+    state = width * sizes.heads * sizes.key_dim * sizes.value_dim
+    if share.transports.prefix == "allgather":
+        segments = (placement.ranks - 1) * max(len(own) for own in placement.segments)
+        forward = segments * (state + width * factor)
+        return _both_ways("prefix", Traffic(1, forward), Traffic(1, segments * state))
+    owners = [rank for rank, _ in placement.order]
+    borders = [(left, right) for left, right in zip(owners, owners[1:]) if left != right]
+    arriving = sum(right == share.rank for _, right in borders)
+    leaving = sum(left == share.rank for left, _ in borders)
+    blocks = min(SCAN_BLOCKS, sizes.value_dim) if share.transports.prefix == "scan" else 1
+    calls = blocks * (arriving + leaving)
+    return _both_ways("prefix", Traffic(calls, arriving * state), Traffic(calls, leaving * state))
+
+
+def softmax_traffic(share: Share, sizes: Sizes, window: int) -> Expected:
+    """Of `SequenceView.softmax_attention`."""
+    group_size = share.transports.heads
+    if group_size == 1:
+        return _keys_traffic(share, sizes, window)
+    key_heads = sizes.key_heads if sizes.key_heads % group_size == 0 else group_size
+    inner = sizes._replace(heads=sizes.heads // group_size, key_heads=key_heads // group_size)
+    pair = sizes.key_dim + sizes.value_dim
+    inward = inner.heads * sizes.key_dim + inner.key_heads * pair
+    trade, group = trade_traffic(share, inward, inner.heads * sizes.value_dim), share.of_group()
+    return combined([trade, _keys_traffic(group, inner, window)] if group else [trade])
+
+
+def _keys_traffic(share: Share, sizes: Sizes, window: int) -> Expected:
+    pair = sizes.key_dim + sizes.value_dim
+    if window:
+        left = min(window, share.placement.length) - 1
+        return halo_traffic(share, left, sizes.key_heads * pair)
+    if share.transports.stream == "ring":
+        return ring_traffic(share, sizes.key_heads * pair)
+    return gather_traffic(share, sizes.key_heads, pair)
+
+
+def ring_traffic(share: Share, token: int) -> Expected:
+    """Keys and values of this many elements a token go round, then again with their gradients.
+
+    A rank receives every other rank's tokens each way, and gradients of all G tokens.
+    """
+    ranks, length = share.placement.ranks, share.placement.length
+    blocks = (length - share.own_tokens) * share.rows * token * share.widths.activation
+    gradients = length * share.rows * token * share.widths.state if ranks > 1 else 0
+    hops, back = ranks - 1, ranks if ranks > 1 else 0
+    return _both_ways("stream", Traffic(hops, blocks), Traffic(hops + back, blocks + gradients))
+
+
+def gather_traffic(share: Share, key_heads: int, pair: int) -> Expected:
+    """Keys and values of all ranks, padded to the longest; backward again, and their gradients.
+
+    With c tokens on the longest rank (P - 1) B c J (K + V) elements arrive each time.
+    """
+    chunks = -(-key_heads // (share.transports.gather_heads or key_heads))
+    longest = max(share.placement.lengths)
+    elements = (share.placement.ranks - 1) * share.rows * longest * key_heads * pair
+    keys, gradients = elements * share.widths.activation, elements * share.widths.state
+    return _both_ways("stream", Traffic(chunks, keys), Traffic(2 * chunks, keys + gradients))
+
+
+def halo_traffic(share: Share, left: int, token: int) -> Expected:
+    """The `left` tokens before each segment, of this many elements; their gradients go home."""
+    placement, me = share.placement, share.rank
+    arriving = leaving = 0
+    for rank, own in enumerate(placement.segments):
+        for segment in own:
+            wanted = Segment(max(0, segment.start - left), segment.start)
+            for owner, held in enumerate(placement.segments):
+                tokens = sum(_overlap(wanted, other) for other in held) if owner != rank else 0
+                arriving += tokens * (rank == me)
+                leaving += tokens * (owner == me)
+    size = share.rows * token
+    return _both_ways(
+        "halo",
+        Traffic(1, arriving * size * share.widths.activation),
+        Traffic(1, leaving * size * share.widths.state),
+    )
+
+
+def _overlap(left: Segment, right: Segment) -> int:
+    return max(0, min(left.stop, right.stop) - max(left.start, right.start))
+
+
+def trade_traffic(share: Share, inward: int, outward: int) -> Expected:
+    """Ulysses: q, k, v to some heads of all tokens, the output back to all heads of own tokens.
+
+    `inward` and `outward` are elements a token of one rank's heads.
+    """
+    own, others = share.own_tokens, share.group_tokens - share.own_tokens
+    own *= share.transports.heads - 1
+    width = share.rows * share.widths.activation
+    return _both_ways(
+        "heads",
+        Traffic(4, width * (others * inward + own * outward)),
+        Traffic(4, width * (own * inward + others * outward)),
+    )
+
+
+def reduce_traffic(share: Share, elements: int, calls: tuple[int, int]) -> Expected:
+    """All-reduces of `elements` each, so many forward and so many backward."""
+    ranks = share.placement.ranks
+    each = 2 * (ranks - 1) * -(-elements // ranks) * share.widths.state
+    forward, backward = (Traffic(n, n * each) for n in calls)
+    return _both_ways("reduce", forward, backward)
+
+
+class Exchanging(Protocol):
+    """A layer that knows its traffic."""
+
+    def expected_traffic(self, share: Share) -> Expected:
+        """Its traffic in one forward and one backward pass."""
+        ...
+
+
+def expected_exchange(layers: Sequence[Exchanging], share: Share) -> dict[Label, Traffic]:
+    """The ledger of one rank after one forward and one backward pass of these layers."""
+    return {
+        Label(number, verb, backward): traffic
+        for number, layer in enumerate(layers)
+        for (verb, backward), traffic in layer.expected_traffic(share).items()
+    }
+
+
+class Refusing(Protocol):
+    """A layer's config that knows what it cannot use."""
+
+    def refusal(self, transports: Transports) -> str:
+        """Why it cannot be built for these transports; empty if it can."""
+        ...
+
+
+def refuse(config: Refusing, placement: str, transports: Transports, ranks: int) -> str:
+    """Why a layer cannot run on `ranks` ranks like this, and what would work; empty if it can."""
+    heads = transports.heads
+    if ranks % heads:
+        return f"parallel.heads = {heads} does not divide the {ranks} ranks of a sequence"
+    if placement == "mirror" and heads % 2:
+        return (
+            f"parallel.placement = 'mirror' needs an even parallel.heads, not {heads}: "
+            "set heads = 2, or choose placement 'contiguous' or 'zigzag'"
+        )
+    if transports.prefix == "ulysses" and heads == 1 < ranks:
+        return (
+            "parallel.prefix = 'ulysses' needs parallel.heads > 1: set heads, "
+            "or choose prefix 'allgather', 'scan' or 'serial'"
+        )
+    return config.refusal(transports)
