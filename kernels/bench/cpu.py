@@ -15,6 +15,7 @@ from layers import time_mixers
 from peers import compare_peer
 from report import Section, machine
 from sizes import FULL, QUICK, Sizes
+from timing import keep_freed_memory
 from training import time_training, tiny
 
 REPORT = Path(__file__).parents[2] / "docs" / "results" / "cpu-bench.md"
@@ -29,12 +30,13 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     sizes = QUICK if arguments.quick else FULL
     out = arguments.out or (None if arguments.quick else REPORT)
+    is_kept = not arguments.plain_malloc and keep_freed_memory()
     try:
         sections = list(_sections(sizes))
     except RedError as error:
         print(f"nothing timed: {error}", file=sys.stderr)
         return 1
-    text = _report(sections, sys.argv[1:] if argv is None else argv)
+    text = _report(sections, sys.argv[1:] if argv is None else argv, is_kept)
     print(text)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -46,6 +48,9 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny shapes; targets do not apply")
+    parser.add_argument(
+        "--plain-malloc", action="store_true", help="time with the allocator's own settings"
+    )
     parser.add_argument(
         "--out", type=Path, help=f"report to write (default {REPORT.name}; none if quick)"
     )
@@ -84,10 +89,21 @@ def _check(settings) -> Section:
     return Section("Correctness", [text])
 
 
-def _report(sections: list[Section], argv: list[str]) -> str:
+def _report(sections: list[Section], argv: list[str], is_kept: bool) -> str:
     command = shlex.join(["python", "kernels/bench/cpu.py", *argv])
-    intro = f"# CPU benchmark\n\nCommand: `{command}` (`make bench`). Machine: {machine()}"
-    return "\n\n".join([intro, *map(str, sections)]) + "\n"
+    memory = (
+        "glibc keeps freed memory (mallopt), so that page faults of large tensors are not timed, "
+        "neither ours nor the peer's; `--plain-malloc` times with them."
+        if is_kept
+        else "The allocator has its own settings; page faults of large tensors are timed."
+    )
+    paragraphs = [
+        "# CPU benchmark",
+        f"Command: `{command}` (`make bench` runs it without options).",
+        f"Machine: {machine()}",
+        f"Memory: {memory}",
+    ]
+    return "\n\n".join([*paragraphs, *map(str, sections)]) + "\n"
 
 
 def _say(text: str) -> None:

@@ -1,14 +1,15 @@
 """Times the training step of the packaged preset `tiny`."""
 
-import torch
+import tempfile
+
 from report import Section, table
 from sizes import Sizes
 from timing import interleave, note
 
 from longctx.config import apply_overrides
-from longctx.data import build_loaders
+from longctx.parallel import Mesh
 from longctx.train.settings import Settings, load_settings
-from longctx.train.trainer import Trainer
+from longctx.train.trainer import Trainer, prepare
 
 
 def tiny(sizes: Sizes) -> Settings:
@@ -19,15 +20,14 @@ def tiny(sizes: Sizes) -> Settings:
 
 def time_training(settings: Settings, sizes: Sizes) -> Section:
     """Seconds and tokens per second of a step: data, forward, backward and optimizer."""
-    train = settings.train
-    loaders = build_loaders(settings.data, train.seq_len, train.batch_size, settings.run.seed)
-    trainer = Trainer(settings, loaders, torch.device("cpu"))
+    trainer = _trainer(settings)
     timings = interleave({"step": trainer.step}, sizes.train_steps)
-    seconds, tokens = timings["step"].seconds, train.seq_len * train.batch_size
+    seconds = timings["step"].seconds
+    tokens = settings.train.seq_len * settings.train.batch_size
     row = [
         "tiny",
         f"{trainer.model.num_parameters():,}",
-        f"{train.batch_size} x {train.seq_len}",
+        f"{settings.train.batch_size} x {settings.train.seq_len}",
         f"{seconds * 1e3:.0f}",
         f"{tokens / seconds:,.0f}",
     ]
@@ -36,3 +36,11 @@ def time_training(settings: Settings, sizes: Sizes) -> Section:
         "Training step: data, forward, backward, optimizer",
         [table(header, [row]), note(timings)],
     )
+
+
+def _trainer(settings: Settings) -> Trainer:
+    """A fresh run; only its steps are taken, so its folder is not needed any more."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = apply_overrides(settings, ["--run.dir", f"{folder}/run"], "cpu.py")
+        device, split, loaders, _ = prepare(settings, processes=1)
+    return Trainer(settings, loaders, Mesh(split, device, settings.parallel.timeout_seconds))

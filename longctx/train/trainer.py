@@ -97,7 +97,7 @@ class Trainer:
         try:
             with StopRequest() as stop:
                 while progress.step < last and not stopped:
-                    row, stopped = self.step(bool(stop.requested))
+                    row, stopped = self.step(stop)
                     log.step(row)
                     if every and progress.step % every == 0:
                         self.save()
@@ -113,8 +113,8 @@ class Trainer:
         finally:
             log.close()
 
-    def step(self, stop: bool = False) -> tuple[dict[str, Any], bool]:
-        """One optimizer step: its metrics, and whether any process wants to stop."""
+    def step(self, stop: StopRequest) -> tuple[dict[str, Any], bool]:
+        """One optimizer step: its metrics, and whether any process was asked to stop."""
         config, progress, mesh = self.settings.train, self.progress, self.mesh
         started = time.perf_counter()
         mesh.ledger.clear()
@@ -123,10 +123,7 @@ class Trainer:
         valid = max(1, loader.num_valid(ids))
         rows = len(ids) // mesh.split.dp
         mine = ids[mesh.dp_rank * rows : (mesh.dp_rank + 1) * rows]
-        sums: dict[str, torch.Tensor] = {
-            "stop": torch.tensor(float(stop)),
-            "flops": torch.zeros(()),
-        }
+        sums: dict[str, torch.Tensor] = {}
         self.model.train()
         for micro in _chunks(mine, config.micro_batch or rows):
             losses, flops = self._forward(loader, micro)
@@ -144,10 +141,11 @@ class Trainer:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
+        sums["stop"] = torch.tensor(float(bool(stop.requested)))
         figures = self._sum_over_processes(sums)
         figures |= {"grad_norm": grad_norm.item(), "lr": lr}
-        stop = figures.pop("stop") > 0
-        return self._metrics(figures, time.perf_counter() - started), stop
+        stopped = figures.pop("stop") > 0
+        return self._metrics(figures, time.perf_counter() - started), stopped
 
     def _sum_over_processes(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
         values = torch.stack([x.to(self.device, torch.float64) for x in sums.values()])

@@ -91,9 +91,13 @@ def problem_of(subject: str, length: int, documents: Documents) -> Problem:
     configs = [scaled(config, length) for config in subjects()[subject]]
     rows = len(documents)
     if subject != DECODER:
-        return MixerProblem(build(configs[0]), noise(11, rows, length, WIDTH), noise(3, rows, length, WIDTH))
+        return MixerProblem(
+            build(configs[0]), noise(11, rows, length, WIDTH), noise(3, rows, length, WIDTH)
+        )
     letters = dict(zip("ABCDEFG", configs))
-    config = ModelConfig(width=WIDTH, depth=len(configs), pattern="".join(letters), mixers=letters, dropout=0.2)
+    config = ModelConfig(
+        width=WIDTH, depth=len(configs), pattern="".join(letters), mixers=letters, dropout=0.2
+    )
     model = Decoder(config, VOCABULARY).double()
     for seed, parameter in enumerate(model.parameters()):
         parameter.data = (parameter.dim() == 1) + 0.3 * noise(seed, *parameter.shape)

@@ -92,21 +92,23 @@ def all_settings() -> Iterator[Setting]:
     """Every way to split, supported or not."""
     ways = itertools.product(PLACEMENTS, RANKS, HEADS, PREFIXES, STREAMS)
     for placement, ranks, heads, prefix, (stream, gather_heads) in ways:
-        yield Setting(ranks, placement, Transports(prefix, stream, heads, gather_heads))
+        if (prefix, heads) != ("ulysses", 1):
+            yield Setting(ranks, placement, Transports(prefix, stream, heads, gather_heads))
 
 
 def transport_of(subject: str, setting: Setting) -> str:
-    """The transports that matter to a subject, in words."""
-    verbs, transports = set().union(*(c.verbs() for c in subjects()[subject])), setting.transports
-    words = [f"prefix {transports.prefix}"] if "prefix" in verbs else []
+    """The transports that a subject uses, in words."""
+    verbs: set[str] = set().union(*(c.verbs() for c in subjects()[subject]))
+    transports, words = setting.transports, []
+    if "prefix" in verbs:
+        words.append(f"prefix {transports.prefix}")
     if "stream" in verbs:
         words.append(f"stream {transports.stream}")
     if "halo" in verbs:
         words.append("halo")
-    trades = {"stream", "halo"} & verbs or transports.prefix == "ulysses"
-    if transports.heads > 1 and trades:
-        words.append(f"heads {transports.heads}")
-    return ", ".join(words)
+    if transports.heads > 1 and verbs & {"stream", "halo"}:
+        words.append("heads")
+    return " + ".join(words)
 
 
 @functools.cache
@@ -126,15 +128,17 @@ def expected(
 
 
 @functools.cache
-def settings_of(subject: str) -> tuple[Setting, ...]:
-    """Supported settings, without those that place and send just the same as another."""
-    found: dict[object, Setting] = {}
+def stand_ins(subject: str) -> dict[Setting, Setting]:
+    """For every supported setting the first that places and sends just the same."""
+    first: dict[object, Setting] = {}
+    found: dict[Setting, Setting] = {}
     for setting in all_settings():
         if not setting.refusal(subjects()[subject]):
             traffic = expected(subject, setting, STATED_LENGTH, 1)
             sent = tuple(tuple(ledger.items()) for ledger in traffic)
-            found.setdefault((setting.place(STATED_LENGTH), sent), setting)
-    return tuple(found.values())
+            same = setting.place(STATED_LENGTH), sent
+            found[setting] = first.setdefault(same, setting)
+    return found
 
 
 def all_cases() -> list[Case]:
@@ -142,7 +146,7 @@ def all_cases() -> list[Case]:
     return [
         Case(subject, setting, length, layout)
         for subject, length, layout in itertools.product(subjects(), LENGTHS, LAYOUTS)
-        for setting in settings_of(subject)
+        for setting in dict.fromkeys(stand_ins(subject).values())
     ]
 
 
