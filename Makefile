@@ -21,7 +21,7 @@ TORCH_STAMP := $(STAMPS)/$(subst =,-,$(TORCH))
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test conformance check fix bench package golden clean
+.PHONY: help setup demo test cluster conformance check fix bench package golden clean
 
 help: ## print this list
 	@echo 'make TARGET [PYTHON=python3.12] [TORCH=torch==2.13.0] [TORCH_INDEX=...] [VENV=.venv]'
@@ -52,6 +52,10 @@ demo: $(STAMPS)/longctx ## train a small hybrid model into runs/demo and sample 
 test: $(STAMPS)/dev ## run the tests
 	@echo 'Testing: up to 12 minutes on 2 cores. The last line is the result.'
 	@$(BIN)/python -m pytest
+
+cluster: $(STAMPS)/dev ## tests on two hosts made of network namespaces; needs root and iproute2
+	@echo 'Testing on two hosts: a few minutes.'
+	@$(BIN)/python -m pytest -rs tests/cluster
 
 conformance: $(STAMPS)/dev ## every mixer x placement x transport on simulated ranks; up to 15 minutes
 	$(BIN)/python -m tests.conformance

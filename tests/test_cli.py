@@ -19,6 +19,7 @@ MISTAKES = {
     "feature map": (["train", "tiny", "--model.mixers.L.feature_map", "x"], "feature_map"),
     "denominator": (["train", "tiny", "--model.mixers.L.denominator", "true"], "positive"),
     "routed heads": (["train", "tiny", "--model.mixers.S.active_heads", "7"], "active_heads"),
+    "window": (["train", "tiny", "--model.mixers.S.inner.window", "2000"], "longer than train.seq"),
     "checkpoint": (["generate", "/no/such/run"], "no checkpoint here"),
 }
 

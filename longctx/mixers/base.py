@@ -53,6 +53,9 @@ class MixerConfig(Registered):
         """Why this cannot use `transports`, beginning with a field's name; empty if it can."""
         return ""
 
+    def check_length(self, seq_len: int, where: str) -> None:
+        """Raises InputError if sequences are too short for this."""
+
     def verbs(self) -> frozenset[str]:
         """What its core asks of the view: prefix, stream, halo, reduce."""
         raise NotImplementedError

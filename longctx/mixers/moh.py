@@ -36,6 +36,9 @@ class MoHConfig(MixerConfig, kind="moh"):
     def build(self, place: Place) -> "MoH":
         return MoH(self, place)
 
+    def check_length(self, seq_len: int, where: str) -> None:
+        self.inner.check_length(seq_len, f"{where}.inner")
+
     def verbs(self) -> frozenset[str]:
         return self.inner.verbs() | {"reduce"}
 

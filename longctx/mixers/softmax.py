@@ -35,6 +35,13 @@ class SoftmaxConfig(HeadsConfig, kind="softmax"):
     def build(self, place: Place) -> "Softmax":
         return Softmax(self, place)
 
+    def check_length(self, seq_len: int, where: str) -> None:
+        if self.window > seq_len:
+            raise InputError(
+                f"{where}.window = {self.window} is longer than train.seq_len = {seq_len}; "
+                "shorten it, or set 0 to see everything"
+            )
+
     def verbs(self) -> frozenset[str]:
         return frozenset({"halo" if self.window else "stream"})
 

@@ -37,10 +37,12 @@ class Mesh:
 
     def __init__(self, split: Split, device: torch.device, timeout_seconds: int):
         self.split, self.device, self.ledger = split, device, Ledger()
+        self._timeout = timedelta(seconds=timeout_seconds)
         self.size = split.dp * split.sp
         self.rank = 0
         if self.size > 1:
-            _connect(device, timeout_seconds)
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=self._timeout)
             self.rank = dist.get_rank()
             self._world = ProcessGroup(dist.group.WORLD, self.ledger)
         self.dp_rank, self.sp_rank = divmod(self.rank, split.sp)
@@ -60,7 +62,7 @@ class Mesh:
             }
             for name, groups in layout.items():
                 for ranks in groups:
-                    group = dist.new_group(ranks)
+                    group = dist.new_group(ranks, timeout=self._timeout)
                     if self.rank in ranks:
                         mine[name] = ProcessGroup(group, self.ledger)
         return Links(**mine)
@@ -95,8 +97,3 @@ class Mesh:
         """Leaves the groups."""
         if self.size > 1:
             dist.destroy_process_group()
-
-
-def _connect(device: torch.device, timeout_seconds: int) -> None:
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))

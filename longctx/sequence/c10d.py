@@ -96,7 +96,5 @@ class ProcessGroup(Communicator):
         operations += [
             dist.P2POp(dist.isend, x, group=self._group, group_peer=rank) for rank, x in sends
         ]
-        if not operations:
-            return Pending(lambda: [])
         works = self._call(label, lambda: dist.batch_isend_irecv(operations))
         return self._started(label, works, arriving)

@@ -81,7 +81,12 @@ class Communicator(ABC):
         like: Tensor,
         label: Label,
     ) -> Pending:
-        """Point to point: tensors to ranks, and shapes from ranks with `like`'s dtype."""
+        """Point to point: tensors to ranks, and shapes from ranks with `like`'s dtype.
+
+        With neither there is no call.
+        """
+        if not sends and not receives:
+            return Pending(lambda: [])
         numel = sum(torch.Size(shape).numel() for _, shape in receives)
         self.ledger.record(label, numel * like.element_size())
         return self._exchange([(r, x.contiguous()) for r, x in sends], receives, like, label)

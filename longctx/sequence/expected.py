@@ -40,8 +40,8 @@ class Sizes(NamedTuple):
 class Share:
     """What one rank has of a batch of `rows` sequences, and how it reaches the rest."""
 
-    placement: Placement
     rank: int
+    placement: Placement
     rows: int
     transports: Transports
     widths: Widths
@@ -143,15 +143,16 @@ def _keys_traffic(share: Share, sizes: Sizes, window: int) -> Expected:
 
 
 def ring_traffic(share: Share, token: int) -> Expected:
-    """Keys and values of this many elements a token go round, then again with their gradients.
+    """Keys and values of this many elements a token go round, backward with their gradients.
 
-    A rank receives every other rank's tokens each way, and gradients of all G tokens.
+    A rank receives the tokens of every other rank each way. Gradients stop at home: those of the
+    rank before never pass, its own arrive.
     """
-    ranks, length = share.placement.ranks, share.placement.length
-    blocks = (length - share.own_tokens) * share.rows * token * share.widths.activation
-    gradients = length * share.rows * token * share.widths.state if ranks > 1 else 0
-    hops, back = ranks - 1, ranks if ranks > 1 else 0
-    return _both_ways("stream", Traffic(hops, blocks), Traffic(hops + back, blocks + gradients))
+    lengths, total = share.placement.lengths, share.placement.length
+    blocks = (total - share.own_tokens) * share.rows * token * share.widths.activation
+    gradients = (total - lengths[share.rank - 1]) * share.rows * token * share.widths.state
+    hops = share.placement.ranks - 1
+    return _both_ways("stream", Traffic(hops, blocks), Traffic(2 * hops, blocks + gradients))
 
 
 def gather_traffic(share: Share, key_heads: int, pair: int) -> Expected:
@@ -177,11 +178,11 @@ def halo_traffic(share: Share, left: int, token: int) -> Expected:
                 tokens = sum(_overlap(wanted, other) for other in held) if owner != rank else 0
                 arriving += tokens * (rank == me)
                 leaving += tokens * (owner == me)
-    size = share.rows * token
+    size, calls = share.rows * token, int(arriving + leaving > 0)
     return _both_ways(
         "halo",
-        Traffic(1, arriving * size * share.widths.activation),
-        Traffic(1, leaving * size * share.widths.state),
+        Traffic(calls, arriving * size * share.widths.activation),
+        Traffic(calls, leaving * size * share.widths.state),
     )
 
 
@@ -244,7 +245,7 @@ def refuse(config: Refusing, placement: str, transports: Transports, ranks: int)
         return f"parallel.heads = {heads} does not divide the {ranks} ranks of a sequence"
     if placement == "mirror" and heads % 2:
         return (
-            f"parallel.placement = 'mirror' needs an even parallel.heads, not {heads}: "
+            "parallel.placement = 'mirror' needs an even number of parallel.heads: "
             "set heads = 2, or choose placement 'contiguous' or 'zigzag'"
         )
     if transports.prefix == "ulysses" and heads == 1 < ranks:

@@ -18,7 +18,8 @@ def token_keys(seed: int, step: int, sequence_ids: tuple[int, ...], positions_BT
 
 def uniform(keys_BT: Tensor, layer: int, purpose: int, width: int) -> Tensor:
     """Numbers in [0, 1), `[B, T, width]` in fp32; each (layer, purpose) has its own."""
-    stream = _mix(keys_BT + (layer * 64 + purpose + 1) * _GOLDEN)
+    number = torch.full_like(keys_BT, layer * 64 + purpose + 1)
+    stream = _mix(keys_BT + number * _GOLDEN)
     channels = torch.arange(width, dtype=torch.int64, device=keys_BT.device)
     bits = _mix(stream[..., None] + channels * _GOLDEN)
     return _shifted(bits, 40).to(torch.float32) * 2.0**-24

@@ -130,7 +130,9 @@ class ShardedView(SequenceView):
         return tuple(tiles)
 
     def reduce_mean(self, x_BTE: Tensor) -> Tensor:
-        total = Reduce.apply(x_BTE.sum((0, 1)), self.links.sequence, self._label("reduce"))
+        wide = torch.promote_types(x_BTE.dtype, torch.float32)
+        own_E = x_BTE.sum((0, 1), dtype=wide)
+        total = Reduce.apply(own_E, self.links.sequence, self._label("reduce"))
         return total / (self.plan.rows * self.plan.placement.length)
 
     def _by_heads(self) -> tuple[SequenceView, HeadTrade]:

@@ -63,50 +63,63 @@ class Reduce(torch.autograd.Function):
         return ctx.communicator.all_reduce(dout, ctx.label.reversed()), None, None
 
 
-class Shift(torch.autograd.Function):
-    """Passes a tensor to the next rank and receives that of the one before, of a given shape."""
+class _Circulate(torch.autograd.Function):
+    """Blocks of all ranks, own one first, passed from rank to rank; their gradients travel back.
+
+    One node, so that a rank that leaves a block out still takes part in the backward pass.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, shape: tuple[int, ...], communicator: Communicator, label: Label
-    ) -> Tensor:
-        ctx.communicator, ctx.label, ctx.shape = communicator, label, tuple(x.shape)
-        return _shifted(x, shape, 1, communicator, label)
+    def forward(ctx: Any, x_BT: Tensor, wire: Wire) -> tuple[Tensor, ...]:
+        ctx.wire = wire
+        blocks = [x_BT]
+        for hop in range(1, wire.communicator.size):
+            blocks.append(_shifted(blocks[-1], hop, 1, wire))
+        return tuple(blocks)
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> Any:
-        return (
-            _shifted(dout, ctx.shape, -1, ctx.communicator, ctx.label.reversed()),
-            None,
-            None,
-            None,
-        )
+    def backward(ctx: Any, *dblocks: Tensor) -> Any:
+        wire = ctx.wire._replace(label=ctx.wire.label.reversed())
+        wide = torch.promote_types(dblocks[0].dtype, torch.float32)
+        travelling = dblocks[-1].to(wide)
+        for hop in reversed(range(wire.communicator.size - 1)):
+            travelling = dblocks[hop] + _shifted(travelling, hop, -1, wire)
+        return travelling.to(dblocks[0].dtype), None
 
 
-def _shifted(
-    x: Tensor, shape: tuple[int, ...], step: int, communicator: Communicator, label: Label
-) -> Tensor:
-    to, source = ((communicator.rank + s) % communicator.size for s in (step, -step))
-    if communicator.size == 1:
-        return x.clone()
-    return communicator.exchange([(to, x)], [(source, shape)], x, label).wait()[0]
+def _shifted(block: Tensor, hop: int, step: int, wire: Wire) -> Tensor:
+    """Passes a block on; what comes belongs to the rank `hop` before this one."""
+    communicator, lengths = wire.communicator, wire.plan.placement.lengths
+    me, size = communicator.rank, communicator.size
+    shape = (block.shape[0], lengths[(me - hop) % size], *block.shape[2:])
+    to, source = (me + step) % size, (me - step) % size
+    return communicator.exchange([(to, block)], [(source, shape)], block, wire.label).wait()[0]
 
 
 def stream(x_BT: Tensor, wire: Wire, transport: str) -> Iterator[tuple[int, Tensor]]:
-    """(rank, its tokens) of every rank, own ones first; `ring` holds one block at a time."""
-    communicator, lengths = wire.communicator, wire.plan.placement.lengths
-    size, me = communicator.size, communicator.rank
-    if transport == "allgather":
-        gathered = Gather.apply(x_BT, wire)
-        blocks = gathered[:, _order(wire.plan).argsort().to(x_BT.device)].split(lengths, 1)
-        yield from (((me - hop) % size, blocks[(me - hop) % size]) for hop in range(size))
-        return
-    block = x_BT
-    for hop in range(size):
-        yield (me - hop) % size, block
-        shape = (x_BT.shape[0], lengths[(me - hop - 1) % size], *x_BT.shape[2:])
-        if hop + 1 < size:
-            block = Shift.apply(block, shape, communicator, wire.label)
+    """(rank, its tokens) of every rank, own ones first; any of them may be left out."""
+    lengths = wire.plan.placement.lengths
+    size, me = wire.communicator.size, wire.communicator.rank
+    ranks = [(me - hop) % size for hop in range(size)]
+    if transport == "ring":
+        return zip(ranks, _Circulate.apply(x_BT, wire))
+    gathered = Gather.apply(x_BT, wire)
+    blocks = gathered[:, _order(wire.plan).argsort().to(x_BT.device)].split(lengths, 1)
+    return zip(ranks, [blocks[rank] for rank in ranks])
+
+
+class _TakePart(torch.autograd.Function):
+    """`x`, tied to tensors it may not depend on, so that their backward exchange always runs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *others: Tensor) -> Tensor:
+        ctx.others = [(other.shape, other.dtype, other.device) for other in others]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> Any:
+        zeros = (torch.zeros(s, dtype=dtype, device=device) for s, dtype, device in ctx.others)
+        return dx, *zeros
 
 
 class AffinePrefix(torch.autograd.Function):
@@ -164,7 +177,7 @@ def prefix(
     if not rightwards:
         entering.reverse()
     mine = [entering[place] for place in own_places(plan)]
-    return tuple(torch.stack(parts) for parts in zip(*mine))
+    return tuple(_TakePart.apply(torch.stack(parts), *gathered) for parts in zip(*mine))
 
 
 def _choose(yes_B: Tensor, left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -286,8 +299,11 @@ def handoff(
     """Segment after segment, `work(state, own index)` gives (output, next state).
 
     Serial over ranks, for memories that no associative summary describes. Returns the outputs of
-    this rank's segments.
+    this rank's segments. Gradients need `backward()`: `autograd.grad` of chosen inputs skips the
+    way back over a cut.
     """
+    if torch.is_grad_enabled() and not initial.requires_grad:
+        initial = initial.detach().requires_grad_()  # so that a gradient goes back
     order, me = wire.plan.placement.order, wire.plan.rank
     outputs, state = [], initial
     for place in own_places(wire.plan):

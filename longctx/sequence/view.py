@@ -69,7 +69,7 @@ class SequenceView(ABC):
 
     @abstractmethod
     def reduce_mean(self, x_BTE: Tensor) -> Tensor:
-        """Mean over all tokens of all sequences, on whichever rank they lie."""
+        """Mean over all tokens of all sequences, on whichever rank they lie, in at least fp32."""
 
 
 class LocalView(SequenceView):
@@ -122,4 +122,5 @@ class LocalView(SequenceView):
         return out.view(*q_BTHK.shape[:3], -1)
 
     def reduce_mean(self, x_BTE: Tensor) -> Tensor:
-        return x_BTE.flatten(0, 1).mean(0)
+        wide = torch.promote_types(x_BTE.dtype, torch.float32)
+        return x_BTE.flatten(0, 1).mean(0, dtype=wide)

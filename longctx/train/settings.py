@@ -115,6 +115,10 @@ class Settings:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
+    def __post_init__(self) -> None:
+        for letter, mixer in self.model.mixers.items():
+            mixer.check_length(self.train.seq_len, f"model.mixers.{letter}")
+
 
 IDENTITY = (
     "run.seed",

@@ -8,50 +8,15 @@ import torch
 from longctx.config import apply_overrides
 from longctx.errors import InputError
 from longctx.train import trainer as trainer_module
-from longctx.train.settings import Settings, load_settings
 from longctx.train.trainer import train
 
-SMALL = {
-    "train.seq_len": 48,
-    "train.batch_size": 4,
-    "train.steps": 6,
-    "model.width": 32,
-    "optim.warmup_steps": 2,
-    "eval.every": 4,
-    "eval.sequences": 3,
-}
-
 
 @pytest.fixture
-def corpus(tmp_path):
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    for i in range(12):
-        text = " ".join(f"{i} times {n} is {i * n};" for n in range(40))
-        (folder / f"{i}.txt").write_text(text)
-    return folder
+def losses(rows):
+    return lambda settings: [row["loss"] for row in rows(settings)]
 
 
-@pytest.fixture
-def settings(tmp_path, corpus):
-    def make(name: str = "run", **changes) -> Settings:
-        options = SMALL | {"run.dir": tmp_path / name, "data.path": corpus}
-        options |= {key.replace("__", "."): value for key, value in changes.items()}
-        argv = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-        return apply_overrides(load_settings("tiny"), argv, "test")
-
-    return make
-
-
-def rows(settings: Settings) -> list[dict]:
-    return [json.loads(x) for x in (settings.run.path / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(settings: Settings) -> list[float]:
-    return [row["loss"] for row in rows(settings)]
-
-
-def test_run_directory_holds_what_is_promised(settings):
+def test_run_directory_holds_what_is_promised(settings, rows):
     config = settings()
     assert train(config) == ""
     names = {path.name for path in config.run.path.iterdir()}
@@ -66,7 +31,7 @@ def test_run_directory_holds_what_is_promised(settings):
     assert summary["tokens"] == 6 * 4 * 48
 
 
-def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(settings):
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(settings, rows, losses):
     whole, parts = settings("whole"), settings("parts", train__stop_after=3)
     train(whole)
     train(parts)
@@ -77,7 +42,7 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(settings):
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_rows_after_the_checkpoint_are_written_once(settings):
+def test_rows_after_the_checkpoint_are_written_once(settings, rows):
     config = settings(train__stop_after=3)
     train(config)
     with (config.run.path / "metrics.jsonl").open("a") as file:
@@ -86,7 +51,7 @@ def test_rows_after_the_checkpoint_are_written_once(settings):
     assert [row["step"] for row in rows(config)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_signal_saves_and_the_same_command_goes_on(settings, monkeypatch):
+def test_a_signal_saves_and_the_same_command_goes_on(settings, monkeypatch, rows, losses):
     config, whole = settings("stopped"), settings("whole")
     step = trainer_module.Trainer.step
 
@@ -134,7 +99,7 @@ def test_a_directory_with_other_files_is_refused(settings, tmp_path):
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3])
-def test_micro_batches_do_not_change_the_step(settings, micro_batch):
+def test_micro_batches_do_not_change_the_step(settings, micro_batch, rows):
     one, many = settings("one"), settings("many", train__micro_batch=micro_batch)
     options = ["--train.precision", "fp64", "--model.mixers.S.balance_weight", "0"]
     one, many = (apply_overrides(config, options, "test") for config in (one, many))
@@ -144,7 +109,7 @@ def test_micro_batches_do_not_change_the_step(settings, micro_batch):
         assert abs(a["loss"] - b["loss"]) < 1e-10
 
 
-def test_weights_alone_start_a_new_run(settings):
+def test_weights_alone_start_a_new_run(settings, losses):
     first = settings("first")
     train(first)
     train(settings("second", run__init_from=first.run.path, train__steps=1))

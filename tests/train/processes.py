@@ -1,0 +1,73 @@
+"""Runs a training on several forked processes, as a launcher would start them."""
+
+import faulthandler
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+from longctx.train.settings import Settings
+from longctx.train.trainer import train
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def start(
+    ranks: int, settings: Settings, before: Callable[[int], None] = lambda rank: None
+) -> list[int]:
+    """Forks `ranks` processes that train; their process numbers."""
+    port, children = free_port(), []
+    for rank in range(ranks):
+        child = os.fork()
+        if child == 0:
+            _train_and_leave(rank, ranks, port, settings, before)
+        children.append(child)
+    return children
+
+
+def _train_and_leave(rank, ranks, port, settings, before) -> None:
+    code = 1
+    try:
+        torch.set_num_threads(1)
+        faulthandler.dump_traceback_later(60, exit=True)
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        before(rank)
+        code = 75 if train(settings) else 0
+    except BaseException as error:
+        sys.stderr.write(f"rank {rank}: {type(error).__name__}: {error}\n")
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def exit_codes(children: list[int], seconds: float = 60) -> list[int]:
+    """Waits for processes; a minus sign before the signal that ended one."""
+    codes, deadline = [], time.monotonic() + seconds
+    for child in children:
+        while time.monotonic() < deadline:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                codes.append(os.waitstatus_to_exitcode(status))
+                break
+            time.sleep(0.02)
+        else:
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+            raise TimeoutError(f"process {child} did not end within {seconds} s")
+    return codes
+
+
+def run(ranks: int, settings: Settings) -> None:
+    """Trains on `ranks` processes to the end."""
+    assert exit_codes(start(ranks, settings)) == [0] * ranks
