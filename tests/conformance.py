@@ -101,7 +101,7 @@ def support() -> dict[Row, Support]:
 
 def support_table() -> str:
     """Layer and transport by placement: exact, or refused because of the reasons below."""
-    rows, notes = support(), []
+    rows, notes = support(), dict[str, str]()
     lines = [
         f"| layer | transport | {' | '.join(PLACEMENTS)} |",
         "|---|---|" + "---|" * len(PLACEMENTS),
@@ -110,15 +110,20 @@ def support_table() -> str:
         cells = []
         for placement in PLACEMENTS:
             row = rows[name, transport, placement]
+            for reason in row.reasons:
+                notes.setdefault(_field(reason), reason)
+            numbers = sorted({list(notes).index(_field(reason)) + 1 for reason in row.reasons})
             cell = "exact" if row.shown_by else "refused"
-            for reason in row.reasons[:1]:
-                if reason not in notes:
-                    notes.append(reason)
-                cell += f" [{notes.index(reason) + 1}]"
-            cells.append(cell)
+            cells.append(f"{cell} {numbers}" if numbers else cell)
         lines.append(f"| {name} | {transport} | {' | '.join(cells)} |")
-    lines += ["", "A number means that some settings are refused, for example:", ""]
-    return "\n".join([*lines, *(f"{i}. `{note}`" for i, note in enumerate(notes, 1)), ""])
+    lines += ["", "A number stands for settings that are refused when the model is built:", ""]
+    lines += [f"{number}. {reason}" for number, reason in enumerate(notes.values(), 1)]
+    return "\n".join([*lines, ""])
+
+
+def _field(reason: str) -> str:
+    """The field that a reason begins with: what kind of reason it is."""
+    return reason.split(" = ")[0]
 
 
 def received(stated: tuple[str, Setting]) -> str:
@@ -184,7 +189,7 @@ def report(results: dict[Case, Result], seconds: float, workers: int) -> str:
     )
     lines = [head]
     for row, found in support().items():
-        cells = [*row, f"refused: {found.reasons[0]}" if found.reasons else "", "", "", ""]
+        cells = [*row, f"refused: {'; '.join(found.reasons)}", "", "", ""]
         if found.stated:
             own = [error for shown in found.shown_by for error in errors[shown]]
             cells[3:] = "exact", f"{max(own):.1e}", str(len(own)), received(found.stated)

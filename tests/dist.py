@@ -25,6 +25,7 @@ import torch.distributed as dist
 FORK = multiprocessing.get_context("fork")
 SECONDS_FOR_OTHERS = 3.0
 """How long the others may take to end once one rank has failed."""
+KILLED = "still running after another rank failed; killed"
 
 
 @dataclass
@@ -57,17 +58,19 @@ def fork_ranks(
     arguments: Sequence[Any] = (),
     timeout: float = 60,
     patience: float = SECONDS_FOR_OTHERS,
-    group_timeout: float = 60,
+    doomed: Sequence[int] = (),
 ) -> list[Outcome]:
-    """How every rank ended; whoever goes on for `patience` after a failure is killed."""
+    """How every rank ended; whoever goes on for `patience` after a failure is killed.
+
+    Nobody waits for `doomed` ranks: they are killed when all others have ended.
+    """
     with tempfile.TemporaryDirectory() as folder:
         started = [
-            _fork(rank, ranks, (work, *arguments), (Path(folder), timeout, group_timeout))
-            for rank in range(ranks)
+            _fork(rank, ranks, (work, *arguments), (Path(folder), timeout)) for rank in range(ranks)
         ]
         outcomes = [Outcome(process.pid) for process, _ in started]
         try:
-            _listen([receiver for _, receiver in started], outcomes, patience)
+            _listen([receiver for _, receiver in started], outcomes, patience, doomed)
         finally:
             _end(started, outcomes)
         for rank, outcome in enumerate(outcomes):
@@ -85,16 +88,19 @@ def _fork(rank: int, ranks: int, call: tuple, limits: tuple) -> tuple[Any, Conne
     return process, receiver
 
 
-def _listen(receivers: list[Connection], outcomes: list[Outcome], patience: float) -> None:
+def _listen(
+    receivers: list[Connection], outcomes: list[Outcome], patience: float, doomed: Sequence[int]
+) -> None:
     """Takes what the ranks send until all have ended, or one failed `patience` seconds ago."""
-    waiting = dict(zip(receivers, outcomes))
+    waiting, lost = dict(zip(receivers, outcomes)), {receivers[rank] for rank in doomed}
     deadline = None
     while waiting:
         left = None if deadline is None else deadline - time.monotonic()
-        ready = wait(list(waiting), left) if left is None or left > 0 else []
+        has_time = waiting.keys() - lost and (left is None or left > 0)
+        ready = wait(list(waiting), left) if has_time else []
         if not ready:
             for outcome in waiting.values():
-                outcome.error = "still running after another rank failed; killed"
+                outcome.error = KILLED
             return
         for receiver in ready:
             outcome = waiting.pop(receiver)
@@ -108,7 +114,7 @@ def _listen(receivers: list[Connection], outcomes: list[Outcome], patience: floa
 
 def _end(started: list[tuple[Any, Connection]], outcomes: list[Outcome]) -> None:
     for (process, receiver), outcome in zip(started, outcomes):
-        process.join(0 if outcome.error else SECONDS_FOR_OTHERS)
+        process.join(0 if outcome.error == KILLED else SECONDS_FOR_OTHERS)
         if process.is_alive():
             process.kill()
             process.join()
@@ -126,7 +132,7 @@ def _stacks_file(folder: Path, rank: int) -> Path:
 
 def _child(rank: int, ranks: int, call: tuple, limits: tuple, sender: Connection) -> None:
     torch.set_num_threads(1)  # first of all: else the child of a threaded parent hangs
-    folder, timeout, group_timeout = limits
+    folder, timeout = limits
     work, *arguments = call
     code = 1
     with open(_stacks_file(folder, rank), "w") as stacks:
@@ -137,7 +143,7 @@ def _child(rank: int, ranks: int, call: tuple, limits: tuple, sender: Connection
                 store=dist.FileStore(str(folder / "store"), ranks),
                 rank=rank,
                 world_size=ranks,
-                timeout=timedelta(seconds=group_timeout),
+                timeout=timedelta(seconds=timeout),
             )
             message = pickle.dumps((work(rank, *arguments), ""))
             dist.barrier()

@@ -14,7 +14,7 @@ class Sizes:
     """Longest sequence for mixers whose cost per token grows with length."""
     tokens_per_sample: int = 8192
     """Short sequences are repeated up to so many tokens a sample."""
-    repeats: int = 7
+    repeats: int = 5
     train_steps: int = 15
     train_options: tuple[str, ...] = ()
     """Options of `longctx train` that shrink the preset."""
@@ -34,7 +34,7 @@ QUICK = Sizes(
     lengths=(128, 256),
     quadratic_limit=128,
     tokens_per_sample=256,
-    repeats=2,
+    repeats=1,
     train_steps=2,
     train_options=("--train.seq_len", "64", "--train.batch_size", "2"),
     peer_length=384,

@@ -11,7 +11,7 @@ from statistics import median
 
 TASKS = Path("/proc/self/task")
 WAIT_LIMIT = 0.1
-ROUNDS_PER_REPEAT = 4
+ROUNDS_PER_REPEAT = 3
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
@@ -67,7 +67,7 @@ def interleave(
         if not missing:
             break
         for name in missing if count % 2 else reversed(missing):
-            seconds, is_quiet = _sample(operations[name], calls.get(name, 1))
+            seconds, is_quiet = sample(operations[name], calls.get(name, 1))
             (quiet if is_quiet else loud)[name].append(seconds)
     return {name: _timing(quiet[name], loud[name], repeats) for name in operations}
 
@@ -78,7 +78,7 @@ def _timing(quiet: list[float], loud: list[float], repeats: int) -> Timing:
     return Timing((*quiet, *loud), disturbed=True)
 
 
-def _sample(operation: Callable[[], object], calls: int) -> tuple[float, bool]:
+def sample(operation: Callable[[], object], calls: int = 1) -> tuple[float, bool]:
     """Seconds of a call, and whether our threads had the cores nearly whenever they could run."""
     waited, started = _seconds_waited(), time.perf_counter()
     for _ in range(calls):
@@ -106,6 +106,6 @@ def note(timings: Mapping[str, Timing]) -> str:
     widest = max(timing.spread for timing in timings.values())
     kept = min(len(timing.samples) for timing in timings.values())
     return (
-        f"Medians of {kept} interleaved samples; {dropped} disturbed samples left out; "
+        f"Medians of {kept} samples; {dropped} disturbed ones left out; "
         f"largest spread (max - min) / median {widest:.0%}."
     )

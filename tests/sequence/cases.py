@@ -6,7 +6,7 @@ compared token by token, gradients of what all ranks share after summing over ra
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from longctx.sequence.sharded import Links, ShardedView, Transports
 from longctx.sequence.simulator import run_ranks
 from longctx.sequence.verbs import Wire
 from tests.sequence.links import simulated_links
+from tests.tolerances import error_of
 
 LENGTH = 31
 DOCUMENTS: Documents = ((0,), (0, 7, 8, 15, 16, 27))
@@ -38,6 +39,11 @@ class Setting:
     length: int = LENGTH
     documents: Documents = DOCUMENTS
     dtype: torch.dtype = torch.float64
+    seed: int = 0
+
+    def with_seed(self, seed: int) -> "Setting":
+        """The same split of other inputs."""
+        return replace(self, seed=seed)
 
     def plan(self, rank: int) -> Plan:
         """What a rank holds."""
@@ -72,7 +78,7 @@ class Shard:
         return ShardedView(self.plan, self.links, self.setting.transports, LAYER)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """Inputs `[B, T, *shape]` by name and shared ones `[*shape]`, to outputs `[B, T, ...]`."""
 
@@ -82,16 +88,18 @@ class Case:
     whole: Callable[[Setting, Values], Tensor]
     shared: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
-    def inputs(self, setting: Setting, seed: int = 0) -> tuple[Values, Values]:
-        """(per token, shared) random leaves."""
-        generator = torch.Generator().manual_seed(seed)
+    def inputs(self, setting: Setting) -> tuple[Values, Values]:
+        """(per token, shared) random values; shared vectors lie around 1."""
+        generator = torch.Generator().manual_seed(setting.seed)
         rows = (len(setting.documents), setting.length)
 
         def leaf(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=torch.float64)
 
         tokens = {name: leaf(*rows, *shape) for name, shape in self.tokens.items()}
-        return tokens, {name: leaf(*shape) for name, shape in self.shared.items()}
+        return tokens, {
+            name: (len(shape) == 1) + 0.3 * leaf(*shape) for name, shape in self.shared.items()
+        }
 
 
 @dataclass
@@ -117,12 +125,10 @@ def differentiate(
     per_token, totals = {"output": out.detach()}, {}
     if out.requires_grad:
         weight = loss_weight(torch.Size((out.shape[0], length, *out.shape[2:])))[:, ids].to(out)
-        leaves = list((tokens | shared).values())
-        found = torch.autograd.grad((out * weight).sum(), leaves, allow_unused=True)
-        gradients = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found)]
-        named = {f"gradient of {n}": g for n, g in zip(tokens | shared, gradients)}
-        for name, gradient in named.items():
-            (per_token if name.split()[-1] in tokens else totals)[name] = gradient
+        (out * weight).sum().backward()
+        for name, x in (tokens | shared).items():
+            gradient = torch.zeros_like(x) if x.grad is None else x.grad
+            (per_token if name in tokens else totals)[f"gradient of {name}"] = gradient
     return per_token, totals
 
 
@@ -163,21 +169,13 @@ def expected_of(case: Case, setting: Setting) -> tuple[Values, Values]:
     return run_whole(case, setting)
 
 
-def largest_error(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference over max(1, largest expected value); infinite for NaN or a wrong shape."""
-    if actual.shape != expected.shape or not torch.isfinite(actual).all():
-        return float("inf")
-    scale = expected.abs().max().clamp(min=1.0) if expected.numel() else 1.0
-    return float((actual.double() - expected.double()).abs().max() / scale)
-
-
 def errors(results: list[Result], expected: tuple[Values, Values]) -> dict[str, float]:
     """Error by name, the largest over ranks."""
     per_token, shared = expected
     found = {
-        name: max(largest_error(r.per_token[name], value[:, r.ids]) for r in results)
+        name: max(error_of(r.per_token[name], value[:, r.ids], "fp64") for r in results)
         for name, value in per_token.items()
     }
     for name, value in shared.items():
-        found[name] = largest_error(sum(r.shared[name] for r in results), value)
+        found[name] = error_of(sum(r.shared[name] for r in results), value, "fp64")
     return found

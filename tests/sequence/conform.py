@@ -25,7 +25,7 @@ VOCABULARY = 29
 
 
 class Outcome(NamedTuple):
-    """What a rank computes: token by token, parts of sums over ranks, and what all must agree on."""
+    """What a rank computes: tokens of its own, parts of sums, and what all ranks agree on."""
 
     tokens: dict[str, Tensor]
     summed: dict[str, Tensor]

@@ -121,7 +121,7 @@ def expected(
 ) -> tuple[dict[Label, Traffic], ...]:
     """The ledger of every rank, by formula."""
     shares = (
-        Share(setting.place(length), rank, rows, setting.transports, WIDTHS["fp64"])
+        Share(rank, setting.place(length), rows, setting.transports, WIDTHS["fp64"])
         for rank in range(setting.ranks)
     )
     return tuple(expected_exchange(_layers(subject, length), share) for share in shares)
