@@ -1,5 +1,6 @@
 """Times one forward and backward pass of each mixer over the sequence length."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,6 +71,7 @@ def time_mixers(sizes: Sizes) -> Section:
     """Microseconds per token of every example at every length, and whether linear ones stay."""
     rows, timings, verdicts = [], {}, []
     for example in examples():
+        print(f"  {example.name}", file=sys.stderr, flush=True)
         measured = _time_lengths(example, sizes)
         timings |= {(example.name, length): timing for length, timing in measured.items()}
         micros = {length: timing.seconds / length * 1e6 for length, timing in measured.items()}
