@@ -1,4 +1,4 @@
-"""Peak memory of the loss beyond its inputs, one fresh process each: python docs/results/loss_memory.py"""
+"""Peak memory of the loss beyond its inputs, in one fresh process each."""
 
 import resource
 import subprocess
