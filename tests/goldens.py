@@ -39,7 +39,7 @@ def ten_losses() -> list[float]:
     documents_BT = (torch.arange(64) >= 41).int().expand(2, -1)
     losses = []
     for step, batch in enumerate(batches, start=1):
-        result = model(batch[:, :-1], batch[:, 1:], LocalView(documents_BT))
+        result = model(batch[:, :-1], batch[:, 1:], LocalView.of_ids(documents_BT))
         loss = result.cross_entropy / 128 + sum(result.mixers.values())
         loss.backward()
         clip_gradients(model, settings.optim)

@@ -99,7 +99,7 @@ def _check_softmax_attention() -> Iterator[Check]:
 def _mixer_error(mixer: Mixer, width: int) -> float:
     """Over two documents, the second longer than the windows of the examples."""
     x_BTD = _leaf(1, TOKENS, width)
-    view = LocalView((torch.arange(TOKENS) >= FIRST_DOCUMENT)[None])
+    view = LocalView.of_ids((torch.arange(TOKENS) >= FIRST_DOCUMENT)[None])
     dout = torch.randn_like(x_BTD)
     leaves = [x_BTD, *mixer.parameters()]
 
@@ -120,7 +120,7 @@ def _model_error(config: ModelConfig) -> float:
     for block in reference.blocks:
         block.mixer.core = block.mixer.core_reference
     tokens_BT = torch.randint(50, (2, 81))
-    view = LocalView((torch.arange(80) >= 33).expand(2, -1))
+    view = LocalView.of_ids((torch.arange(80) >= 33).expand(2, -1))
 
     def total(decoder: Decoder) -> Tensor:
         losses = decoder(tokens_BT[:, :-1], tokens_BT[:, 1:], view)

@@ -70,7 +70,7 @@ class Mesh:
     def view(self, documents: Documents, seq_len: int) -> SequenceView:
         """The view of a batch whose rows hold these documents."""
         if self._links is None:
-            return LocalView.of_documents(documents, seq_len, self.device)
+            return LocalView(documents, seq_len, self.device)
         plan = Plan(self.split.place(seq_len), self.sp_rank, documents)
         return ShardedView(plan, self._links, self.split.transports).to(self.device)
 

@@ -16,7 +16,6 @@ from longctx.sequence.halo import Halo, HaloPlan
 from longctx.sequence.heads import HeadTrade
 from longctx.sequence.ledger import Label
 from longctx.sequence.plan import Plan
-from longctx.sequence.verbs import Reduce
 from longctx.sequence.view import LocalView, SequenceView
 
 SCAN_BLOCKS = 4
@@ -51,6 +50,7 @@ class ShardedView(SequenceView):
 
     def __init__(self, plan: Plan, links: Links, transports: Transports, layer: int = 0):
         self.plan, self.links, self.transports, self.layer = plan, links, transports, layer
+        self._group, self._stream_transport = links.sequence, transports.stream
         self.device: torch.device | str = "cpu"
 
     def to(self, device: torch.device | str) -> "ShardedView":
@@ -88,7 +88,7 @@ class ShardedView(SequenceView):
 
     def _make_prefix(self, transitions: Transitions) -> Prefix:
         kind = self.transports.prefix
-        if kind == "allgather":
+        if kind in ("allgather", "ulysses"):
             return GatheredPrefix(self.plan, transitions, self.links.sequence)
         blocks, beside = (SCAN_BLOCKS, True) if kind == "scan" else (1, False)
         return ChainedPrefix(self.plan, transitions, self.links.chain, blocks, beside)
@@ -129,12 +129,6 @@ class ShardedView(SequenceView):
             tiles += piece_tiles(piece.start, piece.stop, own_key, before, window)
         return tuple(tiles)
 
-    def reduce_mean(self, x_BTE: Tensor) -> Tensor:
-        wide = torch.promote_types(x_BTE.dtype, torch.float32)
-        own_E = x_BTE.sum((0, 1), dtype=wide)
-        total = Reduce.apply(own_E, self.links.sequence, self._label("reduce"))
-        return total / (self.plan.rows * self.plan.placement.length)
-
     def _by_heads(self) -> tuple[SequenceView, HeadTrade]:
         """The view inside a Ulysses group, and the trade that leads there."""
         size = self.links.heads.size
@@ -145,7 +139,7 @@ class ShardedView(SequenceView):
         trade = HeadTrade(self.plan, groups[ring], self.links.heads, self._label("heads"))
         plan = Plan(placement.merged(groups), ring, self.plan.documents)
         if len(groups) == 1:
-            return LocalView.of_documents(plan.documents, placement.length, self.device), trade
+            return LocalView(plan.documents, placement.length, self.device), trade
         links = replace(self.links, sequence=self.links.ring, chain=self.links.ring)
         transports = replace(self.transports, prefix="allgather", heads=1)
         return ShardedView(plan, links, transports, self.layer).to(self.device), trade

@@ -217,6 +217,16 @@ def _join_log_sum_exp(left: Any, right: Any) -> Any:
     return (m, *sums)
 
 
+AFFINE = Monoid(
+    lambda left, right: (
+        left[0] * right[1].exp() + right[0],
+        left[1] + right[1],
+    ),
+    lambda like: tuple(torch.zeros_like(x) for x in like),
+)
+"""Elements (what a segment adds to a state, log of what it keeps of it), earlier then later."""
+
+
 LOG_SUM_EXP = Monoid(
     _join_log_sum_exp,
     lambda like: (torch.full_like(like[0], -torch.inf), *(torch.zeros_like(x) for x in like[1:])),

@@ -6,6 +6,7 @@ other implementations spread a sequence over ranks and answer the same calls wit
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Self
 
@@ -14,8 +15,25 @@ from longctx_kernels.decay_attention import decay_attention
 from longctx_kernels.softmax_attention import softmax_attention
 from torch import Tensor
 
-from longctx.sequence.plan import Documents
+from longctx.sequence.affine import GatheredPrefix, Prefix, Transitions, kept, links
+from longctx.sequence.communicator import Alone, Communicator
+from longctx.sequence.halo import Halo, HaloPlan
+from longctx.sequence.ledger import Label
+from longctx.sequence.placement import place
+from longctx.sequence.plan import Documents, Plan, document_starts
 from longctx.sequence.randomness import token_keys, uniform
+from longctx.sequence.verbs import (
+    AFFINE,
+    AffinePrefix,
+    Gather,
+    Monoid,
+    Reduce,
+    Wire,
+    handoff,
+    prefix,
+    stream,
+    top_k,
+)
 
 
 def one_row(x_BTHD: Tensor) -> Tensor:
@@ -27,8 +45,15 @@ PURPOSES = ("mixer dropout", "mlp dropout", "router")
 
 
 class SequenceView(ABC):
-    """Tokens `[B, T]` of this process."""
+    """Tokens `[B, T]` of this process: the segments of `plan`, side by side in every row.
 
+    The verbs are blocking and differentiable. All ranks must call them in the same order, and what
+    a verb returns must reach the loss, so that all take part in its backward pass. Elements and
+    states of segments are `[S, B, ...]`; a document that ends inside a segment adds nothing.
+    """
+
+    plan: Plan
+    """Which positions lie here, and where documents start in every row."""
     positions_BT: Tensor
     """Position of each token within its document."""
     token_ids_BT: Tensor
@@ -55,6 +80,69 @@ class SequenceView(ABC):
             raise ValueError("this view has no random numbers; make one with keyed()")
         return uniform(self.keys_BT, self.layer, PURPOSES.index(purpose), width)
 
+    def prefix(
+        self, elements: tuple[Tensor, ...], monoid: Monoid, rightwards: bool = True
+    ) -> tuple[Tensor, ...]:
+        """What enters each segment: the elements of its document before it, joined in order.
+
+        AFFINE elements are (added `[S, B, H, K, V]`, log decay `[S, B, H, K or 1, 1]`).
+        """
+        wire = self._wire("prefix")
+        if monoid is not AFFINE:
+            return prefix(elements, monoid, wire, rightwards)
+        added, log_decay = elements
+        passing_SB = kept(self.plan, self.plan.segments, added)
+        factors = log_decay.exp() * passing_SB[..., None, None, None]
+        transitions = Transitions(factors.detach(), links(self.plan, added))
+        exchange = self._make_prefix(transitions)
+        entering = AffinePrefix.apply(added, factors, exchange, wire.label, rightwards)
+        return (entering,)
+
+    def stream(self, x_BT: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(rank, its tokens) of every rank, own ones first; `plan.pieces_of` says what they are."""
+        return stream(x_BT, self._wire("stream"), self._stream_transport)
+
+    def gather(self, x_BT: Tensor) -> Tensor:
+        """All tokens of every row, `[B, G, ...]`."""
+        return Gather.apply(x_BT, self._wire("gather"))
+
+    def halo(self, x_BT: Tensor, left: int, right: int = 0) -> list[Tensor]:
+        """Each segment with `left` and `right` neighbours, zeros where the sequence has none."""
+        wire, plan = self._wire("halo"), HaloPlan(self.plan, left, right)
+        flat = Halo.apply(x_BT.flatten(0, 1), plan, wire.communicator, wire.label)
+        sizes = [left + segment.length + right for segment in self.plan.segments]
+        return list(flat.unflatten(0, (self.plan.rows, -1)).split(sizes, 1))
+
+    def top_k(self, score_BT: Tensor, count: int) -> Tensor:
+        """Positions of the best scores of each whole row, rising; earlier ones win ties."""
+        return top_k(score_BT, count, self._wire("top_k"))
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """Sum over ranks, on every rank."""
+        wire = self._wire("reduce")
+        return Reduce.apply(x, wire.communicator, wire.label)
+
+    def handoff(
+        self, initial: Tensor, work: Callable[[Tensor, int], tuple[Tensor, Tensor]]
+    ) -> list[Tensor]:
+        """Segment after segment, `work(state, own index)` gives (output, next state)."""
+        return handoff(initial, work, self._wire("handoff"))
+
+    def reduce_mean(self, x_BTE: Tensor) -> Tensor:
+        """Mean over all tokens of all sequences, on whichever rank they lie, in at least fp32."""
+        wide = torch.promote_types(x_BTE.dtype, torch.float32)
+        total = self.reduce(x_BTE.to(wide).sum((0, 1)))
+        return total / (self.plan.rows * self.plan.placement.length)
+
+    def _wire(self, verb: str) -> Wire:
+        return Wire(self.plan, self._group, Label(self.layer, verb))
+
+    _group: Communicator
+    _stream_transport: str
+
+    @abstractmethod
+    def _make_prefix(self, transitions: Transitions) -> Prefix: ...
+
     @abstractmethod
     def decay_attention(
         self, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, log_decay_H: Tensor | None
@@ -67,40 +155,29 @@ class SequenceView(ABC):
     ) -> Tensor:
         """Causal softmax attention over each document; `window` keys are seen, 0 sees all."""
 
-    @abstractmethod
-    def reduce_mean(self, x_BTE: Tensor) -> Tensor:
-        """Mean over all tokens of all sequences, on whichever rank they lie, in at least fp32."""
-
 
 class LocalView(SequenceView):
-    """Whole sequences on one process."""
+    """Whole sequences on one process: one segment a row."""
 
-    def __init__(self, documents_BT: Tensor):
-        """`documents_BT`: an id per token; a token whose id differs from the last starts anew."""
-        self.batch, self.length = documents_BT.shape
-        self._device = documents_BT.device
-        starts_BT = torch.ones(self.batch, self.length, dtype=torch.bool, device=self._device)
-        starts_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
-        index_T = torch.arange(self.length, device=self._device).expand(self.batch, -1)
-        self.positions_BT = index_T - (index_T * starts_BT).cummax(1).values
-        self.token_ids_BT = index_T
-        cuts = starts_BT.flatten().nonzero()[:, 0].tolist()
-        self.cuts = (*cuts, self.batch * self.length)
+    _group: Communicator = Alone()
+    _stream_transport = "allgather"
+
+    def __init__(self, documents: Documents, length: int, device: torch.device | str = "cpu"):
+        """Rows of `length` tokens in which documents start at these positions."""
+        self.plan = Plan(place("contiguous", 1, length), 0, documents)
+        self.batch, self.length, self.cuts = len(documents), length, self.plan.cuts
+        self.positions_BT = self.plan.positions_BT.to(device)
+        self.token_ids_BT = self.plan.token_ids_BT.to(device)
 
     @classmethod
     def whole(cls, batch: int, length: int, device: torch.device | str = "cpu") -> "LocalView":
         """Every row is one document."""
-        return cls(torch.zeros(batch, length, dtype=torch.int32, device=device))
+        return cls(((0,),) * batch, length, device)
 
     @classmethod
-    def of_documents(
-        cls, documents: Documents, length: int, device: torch.device | str = "cpu"
-    ) -> "LocalView":
-        """Rows of `length` tokens in which documents start at these positions."""
-        documents_BT = torch.zeros(len(documents), length, dtype=torch.int32, device=device)
-        for row, starts in zip(documents_BT, documents):
-            row[list(starts)] = 1
-        return cls(documents_BT.cumsum(1))
+    def of_ids(cls, documents_BT: Tensor) -> "LocalView":
+        """A token whose document's id differs from that of the token before starts anew."""
+        return cls(document_starts(documents_BT), documents_BT.shape[1], documents_BT.device)
 
     @cached_property
     def cu_seqlens(self) -> Tensor:
@@ -121,6 +198,5 @@ class LocalView(SequenceView):
         out = softmax_attention(q, k, v, window, cu_seqlens=self.cu_seqlens)
         return out.view(*q_BTHK.shape[:3], -1)
 
-    def reduce_mean(self, x_BTE: Tensor) -> Tensor:
-        wide = torch.promote_types(x_BTE.dtype, torch.float32)
-        return x_BTE.flatten(0, 1).mean(0, dtype=wide)
+    def _make_prefix(self, transitions: Transitions) -> Prefix:
+        return GatheredPrefix(self.plan, transitions, self._group)

@@ -36,7 +36,7 @@ def packed_view(batch: int, length: int, cuts: tuple[int, ...]) -> LocalView:
     for cut in cuts:
         documents_BT[:, cut:] += 1
     documents_BT[0, length // 2 :] += 1
-    return LocalView(documents_BT if cuts else torch.zeros_like(documents_BT))
+    return LocalView.of_ids(documents_BT if cuts else torch.zeros_like(documents_BT))
 
 
 def output_and_gradients(mixer, call, x_BTD: torch.Tensor, view: LocalView):
@@ -81,7 +81,7 @@ def test_packed_documents_equal_separate_documents(config):
     documents_BT = torch.zeros(1, LENGTH, dtype=torch.int32)
     for cut in CUTS["packed"]:
         documents_BT[:, cut:] += 1
-    packed = mixer(x_BTD, LocalView(documents_BT)).out
+    packed = mixer(x_BTD, LocalView.of_ids(documents_BT)).out
     separate = [mixer(x_BTD[:, a:b]).out for a, b in zip(cuts, cuts[1:], strict=False)]
     assert_close(packed, torch.cat(separate, 1), "fp64")
 

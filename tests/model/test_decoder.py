@@ -26,7 +26,7 @@ def example(length: int = 40) -> tuple[torch.Tensor, LocalView]:
     tokens = torch.randint(0, VOCABULARY, (2, length), generator=torch.Generator().manual_seed(1))
     documents = torch.zeros(2, length, dtype=torch.int32)
     documents[:, 13:] = 1
-    return tokens, LocalView(documents)
+    return tokens, LocalView.of_ids(documents)
 
 
 def test_pattern_is_repeated_until_the_depth_is_reached():

@@ -117,7 +117,7 @@ def keyed(view: Any, rows: int) -> Any:
 @functools.lru_cache(maxsize=32)
 def reference_of(subject: str, length: int, documents: Documents) -> Outcome:
     """The answer of one process."""
-    view = keyed(LocalView.of_documents(documents, length), len(documents))
+    view = keyed(LocalView(documents, length), len(documents))
     return problem_of(subject, length, documents).evaluate(view, torch.arange(length), 1)
 
 

@@ -24,7 +24,7 @@ def mixer_case(name: str, config: MixerConfig) -> Case:
         return with_losses(build(config), inputs, shard.view)
 
     def whole(setting: Setting, inputs: Values) -> Tensor:
-        view = LocalView.of_documents(setting.documents, setting.length)
+        view = LocalView(setting.documents, setting.length)
         return with_losses(build(config), inputs, view)
 
     parameters = {name: tuple(p.shape) for name, p in build(config).named_parameters()}
