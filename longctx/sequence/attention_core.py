@@ -86,7 +86,7 @@ class _Forward:
         """Own queries against the keys of rank `source`."""
         queries = self.queries(heads)
         q_HTK, results = self.operands[0][queries], tuple(x[queries] for x in self.results)
-        attend((q_HTK, *block), results, block_tiles(self.plan, source), _scale(q_HTK))
+        attend((q_HTK, *block), results, self.plan.once(block_tiles, source), _scale(q_HTK))
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class _Backward(_Forward):
             (q_HTK, *block),
             tuple(x[queries] for x in self.results),
             (dq_HTK, *grads),
-            block_tiles(self.plan, source),
+            self.plan.once(block_tiles, source),
             _scale(q_HTK),
         )
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from longctx.sequence.communicator import Communicator
 from longctx.sequence.ledger import Label
+from longctx.sequence.placement import Segment
 from longctx.sequence.plan import Plan
 
 
@@ -50,41 +51,51 @@ class HaloPlan:
     def arriving(self) -> dict[int, Tensor]:
         """By rank that holds them: places in the result of this rank's neighbours."""
         plan = self.plan
-        places: dict[int, list[int]] = {}
+        places: dict[int, list[Tensor]] = {}
         for row in range(plan.rows):
             for index, segment in enumerate(plan.segments):
-                for position in self._neighbours(plan.rank, index):
-                    place = self.offset(row, index) + position - segment.start
-                    places.setdefault(plan.placement.owner(position), []).append(place)
-        return {rank: torch.tensor(found) for rank, found in sorted(places.items())}
+                shift = self.offset(row, index) - segment.start
+                for wanted in self._wanted(plan.rank, index):
+                    for rank, own in enumerate(plan.placement.segments):
+                        for held in own:
+                            found = torch.arange(*_overlap(wanted, held)) + shift
+                            places.setdefault(rank, []).append(found)
+        return _joined(places)
 
     @cached_property
     def leaving(self) -> dict[int, Tensor]:
         """By rank that wants them: local tokens, in the order in which it lists them."""
-        plan, tokens = self.plan, {}
-        local = {
-            p: i for i, p in enumerate(p for s in plan.segments for p in range(s.start, s.stop))
-        }
-        for rank in range(plan.placement.ranks):
-            wanted = [
-                position
-                for index in range(len(plan.placement.segments[rank]))
-                for position in self._neighbours(rank, index)
-                if position in local
-            ]
-            rows = range(plan.rows)
-            if wanted:
-                tokens[rank] = torch.tensor(
-                    [row * plan.length + local[p] for row in rows for p in wanted]
-                )
-        return tokens
+        plan = self.plan
+        tokens: dict[int, list[Tensor]] = {}
+        for row in range(plan.rows):
+            for rank, own in enumerate(plan.placement.segments):
+                for index in range(len(own)):
+                    for wanted in self._wanted(rank, index):
+                        before = row * plan.length
+                        for held in plan.segments:
+                            found = torch.arange(*_overlap(wanted, held)) + before - held.start
+                            tokens.setdefault(rank, []).append(found)
+                            before += held.length
+        return _joined(tokens)
 
-    def _neighbours(self, rank: int, index: int) -> list[int]:
+    def _wanted(self, rank: int, index: int) -> tuple[Segment, Segment]:
+        """The neighbours of a rank's segment, where the sequence has them."""
         placement = self.plan.placement
         segment = placement.segments[rank][index]
-        before = range(max(0, segment.start - self.left), segment.start)
-        after = range(segment.stop, min(placement.length, segment.stop + self.right))
-        return [*before, *after]
+        return (
+            Segment(max(0, segment.start - self.left), segment.start),
+            Segment(segment.stop, min(placement.length, segment.stop + self.right)),
+        )
+
+
+def _overlap(left: Segment, right: Segment) -> Segment:
+    start = max(left.start, right.start)
+    return Segment(start, max(start, min(left.stop, right.stop)))
+
+
+def _joined(parts: dict[int, list[Tensor]]) -> dict[int, Tensor]:
+    joined = {rank: torch.cat(found) for rank, found in sorted(parts.items())}
+    return {rank: found for rank, found in joined.items() if len(found)}
 
 
 class Halo(torch.autograd.Function):

@@ -1,13 +1,16 @@
 """What one rank must know about a batch, worked out on the host once."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from longctx.sequence.placement import Placement, Segment
+
+Made = TypeVar("Made")
 
 Documents = tuple[tuple[int, ...], ...]
 """For every row of the batch the positions at which its documents start, rising from 0."""
@@ -50,15 +53,9 @@ class Plan:
 
     def pieces_of(self, rank: int) -> tuple[Piece, ...]:
         """All pieces of a rank, in the order of its local tokens."""
-        if rank not in self._pieces:
-            self._pieces[rank] = tuple(self._cut(rank))
-        return self._pieces[rank]
+        return self.once(Plan._cut, rank)
 
-    @cached_property
-    def _pieces(self) -> dict[int, tuple[Piece, ...]]:
-        return {}
-
-    def _cut(self, rank: int) -> list[Piece]:
+    def _cut(self, rank: int) -> tuple[Piece, ...]:
         pieces, local = [], 0
         for row, starts in enumerate(self.documents):
             for index, segment in enumerate(self.placement.segments[rank]):
@@ -71,7 +68,7 @@ class Plan:
                     stop = local + end - begin
                     pieces.append(Piece(row, index, local, stop, begin, document))
                     local = stop
-        return pieces
+        return tuple(pieces)
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
@@ -98,6 +95,17 @@ class Plan:
         parts = [torch.arange(s.start, s.stop) for s in self.segments]
         return torch.cat(parts).expand(self.rows, -1)
 
+    def once(self, make: Callable[..., Made], *arguments: Any) -> Made:
+        """`make(self, *arguments)`, worked out once for all layers of a batch."""
+        key = (make, arguments)
+        if key not in self._made:
+            self._made[key] = make(self, *arguments)
+        return self._made[key]
+
+    @cached_property
+    def _made(self) -> dict[Any, Any]:
+        return {}
+
     def continues(self, row: int, segment: Segment) -> bool:
         """Whether the first token of a segment goes on with the document before it."""
         return segment.start not in self.documents[row] and segment.start > 0
@@ -105,10 +113,6 @@ class Plan:
     def resets(self, row: int, segment: Segment) -> bool:
         """Whether a document starts in a segment, so that nothing from before it gets through."""
         return any(segment.start <= s < segment.stop for s in self.documents[row])
-
-    def joined(self, placement: Placement, rank: int) -> "Plan":
-        """The plan of the same batch under another placement."""
-        return Plan(placement, rank, self.documents)
 
 
 def document_starts(documents_BT: Tensor) -> Documents:

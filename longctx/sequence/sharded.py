@@ -45,6 +45,22 @@ class Links:
     """Ranks with this one's place in their Ulysses groups."""
 
 
+def window_tiles(plan: Plan, halo: HaloPlan, window: int) -> tuple[Tile, ...]:
+    """Tiles of local queries against the keys that a halo brings together."""
+    tiles: list[Tile] = []
+    for piece in plan.pieces:
+        start = plan.segments[piece.segment].start
+        own_key = halo.offset(piece.row, piece.segment) + piece.position - start
+        before = min(piece.position - piece.document, halo.left) if piece.position == start else 0
+        tiles += piece_tiles(piece.start, piece.stop, own_key, before, window)
+    return tuple(tiles)
+
+
+def _joined(plan: Plan, groups: tuple[tuple[int, ...], ...], ring: int) -> Plan:
+    """The plan of a batch when groups of ranks act as one."""
+    return Plan(plan.placement.merged(groups), ring, plan.documents)
+
+
 class ShardedView(SequenceView):
     """Written once for every placement: a Plan says what lies where."""
 
@@ -112,22 +128,11 @@ class ShardedView(SequenceView):
         return out.unflatten(0, q_BTHK.shape[:2])
 
     def _windowed(self, q_MHK: Tensor, k_MJK: Tensor, v_MJV: Tensor, window: int) -> Tensor:
-        halo = HaloPlan(self.plan, min(window, self.plan.placement.length) - 1, 0)
+        halo = self.plan.once(HaloPlan, min(window, self.plan.placement.length) - 1, 0)
         together = torch.cat((k_MJK, v_MJV), -1)
         wide = Halo.apply(together, halo, self.links.ring, self._label("halo"))
         k, v = wide.split((k_MJK.shape[-1], v_MJV.shape[-1]), -1)
-        return attend_tiles(q_MHK, k, v, self._window_tiles(halo, window))
-
-    def _window_tiles(self, halo: HaloPlan, window: int) -> tuple[Tile, ...]:
-        tiles: list[Tile] = []
-        for piece in self.plan.pieces:
-            start = self.plan.segments[piece.segment].start
-            own_key = halo.offset(piece.row, piece.segment) + piece.position - start
-            before = 0
-            if piece.position == start:
-                before = min(piece.position - piece.document, halo.left)
-            tiles += piece_tiles(piece.start, piece.stop, own_key, before, window)
-        return tuple(tiles)
+        return attend_tiles(q_MHK, k, v, self.plan.once(window_tiles, halo, window))
 
     def _by_heads(self) -> tuple[SequenceView, HeadTrade]:
         """The view inside a Ulysses group, and the trade that leads there."""
@@ -137,7 +142,7 @@ class ShardedView(SequenceView):
             tuple(range(j * size, (j + 1) * size)) for j in range(placement.ranks // size)
         )
         trade = HeadTrade(self.plan, groups[ring], self.links.heads, self._label("heads"))
-        plan = Plan(placement.merged(groups), ring, self.plan.documents)
+        plan = self.plan.once(_joined, groups, ring)
         if len(groups) == 1:
             return LocalView(plan.documents, placement.length, self.device), trade
         links = replace(self.links, sequence=self.links.ring, chain=self.links.ring)

@@ -108,7 +108,7 @@ class SequenceView(ABC):
 
     def halo(self, x_BT: Tensor, left: int, right: int = 0) -> list[Tensor]:
         """Each segment with `left` and `right` neighbours, zeros where the sequence has none."""
-        wire, plan = self._wire("halo"), HaloPlan(self.plan, left, right)
+        wire, plan = self._wire("halo"), self.plan.once(HaloPlan, left, right)
         flat = Halo.apply(x_BT.flatten(0, 1), plan, wire.communicator, wire.label)
         sizes = [left + segment.length + right for segment in self.plan.segments]
         return list(flat.unflatten(0, (self.plan.rows, -1)).split(sizes, 1))
