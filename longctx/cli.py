@@ -126,5 +126,8 @@ def main(argv: list[str] | None = None) -> int:
     except OutsideError as error:
         sys.stderr.write(f"longctx: {error}\n")
         return 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         return 130
