@@ -39,7 +39,7 @@ def test_a_wrong_operator_is_not_timed(bench, tmp_path, capsys, monkeypatch):
     out = tmp_path / "report.md"
     assert bench.main(["--quick", "--plain-malloc", "--out", str(out)]) == 1
     captured = capsys.readouterr()
-    assert captured.err.splitlines()[-1].startswith("nothing timed: decay_attention differs")
+    assert captured.err.splitlines()[-1].startswith("not timed: decay_attention differs")
     assert not captured.out
     assert not out.exists()
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+DISTURBED = "Disturbed: other programs held the cores during most samples; run this again."
+
 
 @dataclass(frozen=True)
 class Section:
@@ -22,6 +24,11 @@ class Section:
     def is_failed(self) -> bool:
         """Whether a target was missed."""
         return any(line.startswith("FAIL") for line in self.verdicts)
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether its numbers say little."""
+        return DISTURBED in self.paragraphs
 
     def __str__(self) -> str:
         verdicts = ["\n".join(f"- {line}" for line in self.verdicts)] if self.verdicts else []

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from report import DISTURBED
+
 TASKS = Path("/proc/self/task")
 WAIT_LIMIT = 0.1
 ROUNDS_PER_REPEAT = 3
@@ -101,7 +103,7 @@ def _seconds_waited() -> float:
 def note(timings: Mapping[str, Timing]) -> str:
     """How far to trust these numbers, as a sentence."""
     if any(timing.disturbed for timing in timings.values()):
-        return "Disturbed: other programs held the cores during most samples; run this again."
+        return DISTURBED
     dropped = sum(timing.dropped for timing in timings.values())
     widest = max(timing.spread for timing in timings.values())
     kept = min(len(timing.samples) for timing in timings.values())
