@@ -77,7 +77,7 @@ def _check_decay_attention() -> Iterator[Check]:
         v = _leaf(1, 200, H, V)
         dout = torch.randn_like(v)
         results, references = (
-            value_and_gradients(lambda: op(q, k, v, g, cu_seqlens=cuts)[0], [q, k, v], dout)  # noqa: B023
+            value_and_gradients(lambda: op(q, k, v, g_gamma=g, cu_seqlens=cuts)[0], [q, k, v], dout)  # noqa: B023
             for op in (decay_attention, decay_attention_reference)
         )
         yield Check("decay_attention", difference(results, references))

@@ -16,8 +16,9 @@ from layers import time_mixers
 from peers import compare_peer
 from report import DISTURBED, Section, machine
 from sizes import FULL, QUICK, Sizes
-from timing import keep_freed_memory
 from training import time_training, tiny
+
+from longctx.train.hardware import keep_freed_memory
 
 REPORT = Path(__file__).parents[2] / "docs" / "results" / "cpu-bench.md"
 
@@ -96,8 +97,8 @@ def _check(settings) -> Section:
 def _report(sections: list[Section], argv: list[str], is_kept: bool) -> str:
     command = shlex.join(["python", "kernels/bench/cpu.py", *argv])
     memory = (
-        "glibc keeps freed memory (mallopt), so that page faults of large tensors are not timed, "
-        "neither ours nor the peer's; `--plain-malloc` times with them."
+        "glibc keeps freed memory (mallopt), as in `longctx train`, for us and for the peer; "
+        "`--plain-malloc` times with the allocator's own settings."
         if is_kept
         else "The allocator has its own settings; page faults of large tensors are timed."
     )

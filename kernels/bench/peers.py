@@ -90,7 +90,7 @@ def _cores(sizes: Sizes) -> dict[str, Callable[[], list[Tensor]]]:
         return [peer.norm.seen, *torch.autograd.grad(peer.norm.seen, qkv, dout)]
 
     def run_ours() -> list[Tensor]:
-        out, _ = decay_attention(*qkv.split(sizes.head_dim, -1), g_H, scale=1.0)
+        out, _ = decay_attention(*qkv.split(sizes.head_dim, -1), g_gamma=g_H, scale=1.0)
         return [out.flatten(2), *torch.autograd.grad(out.flatten(2), qkv, dout)]
 
     return {"longctx": run_ours, "transformers": run_peer}

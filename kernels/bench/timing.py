@@ -1,8 +1,6 @@
 """Medians of interleaved samples, without those that other programs disturbed."""
 
-import ctypes
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,18 +12,6 @@ from report import DISTURBED
 TASKS = Path("/proc/self/task")
 WAIT_LIMIT = 0.1
 ROUNDS_PER_REPEAT = 3
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
-
-
-def keep_freed_memory() -> bool:
-    """Makes glibc reuse the memory of large tensors; False where there is no glibc.
-
-    It would hand blocks above 32 MB back to the system and fault in every page anew, which adds
-    to the cost per token from 16K tokens on and to no shorter sequence.
-    """
-    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        return False
-    return bool(libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, -1))
 
 
 @dataclass(frozen=True)

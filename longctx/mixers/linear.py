@@ -137,7 +137,7 @@ class Linear(Mixer):
     def core_reference(self, projected: LinearParts, view: LocalView) -> Tensor:
         q, k, v = (one_row(x) for x in projected[:3])
         y, _ = decay_attention_reference(
-            q, k, v, self.log_decay_H, scale=1.0, cu_seqlens=view.cu_seqlens
+            q, k, v, g_gamma=self.log_decay_H, scale=1.0, cu_seqlens=view.cu_seqlens
         )
         return self._divide(y.view_as(projected.v_BTHV))
 
@@ -146,7 +146,13 @@ class Linear(Mixer):
     ) -> tuple[Tensor, Tensor | None]:
         q_BTHK, k_BTHK, v_BTHV, _ = projected
         y_BTHV, memory = decay_attention(
-            q_BTHK, k_BTHK, v_BTHV, self.log_decay_H, 1.0, memory, output_final_state=True
+            q_BTHK,
+            k_BTHK,
+            v_BTHV,
+            g_gamma=self.log_decay_H,
+            scale=1.0,
+            initial_state=memory,
+            output_final_state=True,
         )
         return self._divide(y_BTHV), memory
 

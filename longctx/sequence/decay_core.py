@@ -1,105 +1,163 @@
-"""Linear attention with constant decay over a sharded sequence, scheduled by hand.
+"""Linear attention with decay over a sharded sequence, scheduled by hand.
 
 Forward: state pass, launch, local work from zero states, wait, what the incoming state adds. The
-backward pass mirrors it. Only the state that crosses a cut is communicated.
+backward pass mirrors it. Only the state that crosses a cut is communicated, and with gates per
+token how much of a state each segment keeps.
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from longctx_kernels import decay_attention as op
+from longctx_kernels import decay_torch
+from longctx_kernels.decay_attention import passes_of
+from longctx_kernels.launch import backend_of
 from torch import Tensor
 
-from longctx.sequence.affine import Prefix, Transitions, constant_transitions
+from longctx.sequence.affine import Prefix, Transitions, constant_transitions, links
 from longctx.sequence.ledger import Label
 from longctx.sequence.plan import Piece, Plan
 
 
+class Exchange(NamedTuple):
+    """What lies where, how states travel, and how that is counted."""
+
+    plan: Plan
+    make_prefix: Callable[[Transitions], Prefix]
+    label: Label
+
+
 def sharded_decay_attention(
     operands: tuple[Tensor, Tensor, Tensor],
-    log_decay_H: Tensor | None,
-    plan: Plan,
-    make_prefix: Callable[[Transitions], Prefix],
-    label: Label,
+    log_decay: Tensor | None,
+    exchange: Exchange,
+    backend: str = "auto",
 ) -> Tensor:
-    """q, k, v `[M, H, D]`, the plan's local tokens; scale 1."""
+    """q, k, v `[M, H, D]`, the plan's local tokens; log decay `[H]`, `[M, H(, K)]`; scale 1."""
     q_MHK = operands[0]
-    dtype = torch.promote_types(q_MHK.dtype, torch.float32)
-    if log_decay_H is None:
-        log_decay_H = torch.zeros(q_MHK.shape[1], device=q_MHK.device)
-    g_H = log_decay_H.detach().to(dtype)
-    prefix = make_prefix(constant_transitions(plan, g_H))
-    return _DecayCore.apply(*operands, g_H, _Exchange(plan, prefix, label))
-
-
-class _Exchange(NamedTuple):
-    plan: Plan
-    prefix: Prefix
-    label: Label
+    backend = backend_of(q_MHK, backend)
+    if backend == "fla":
+        raise ValueError("backend 'fla' cannot split a sequence: choose 'triton' or 'torch'")
+    if log_decay is None:
+        log_decay = q_MHK.new_zeros(q_MHK.shape[1])
+    g = log_decay.to(torch.promote_types(q_MHK.dtype, torch.float32))
+    g = g.detach() if g.ndim == 1 else g
+    return _DecayCore.apply(*operands, g, exchange, backend)
 
 
 class _DecayCore(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, g_H: Tensor, exchange: _Exchange
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, exchange: Exchange, backend: str
     ) -> Tensor:
-        plan, prefix, label = exchange
-        entering, leaving = _edges(plan)
-        added = g_H.new_zeros(len(plan.segments), plan.rows, q.shape[1], q.shape[2], v.shape[2])
+        plan, passes = exchange.plan, passes_of(backend)
+        transitions = _transitions(plan, g)
+        prefix = exchange.make_prefix(transitions)
         with torch.autocast(q.device.type, enabled=False):
-            for p in leaving:
-                added[p.segment, p.row] = op.final_state(
-                    k[p.start : p.stop], v[p.start : p.stop], g_H
-                )
-            finish = prefix.rightwards(added, label)
-            out, boundary, _ = op.decay_forward((q, k, v, g_H), 1.0, plan.cuts)
+            added, starts = _added(plan, (k, v, g), backend)
+            finish = prefix.rightwards(added, exchange.label)
+            out, saved = passes.output_pass(q, k, v, g, 1.0, plan.cuts, starts)
             states = finish()
-            for p in entering:
-                rows = slice(p.start, p.stop)
-                out[rows] += op.read_state(q[rows], states[p.segment, p.row], g_H, 1.0).to(
-                    out.dtype
-                )
-        ctx.save_for_backward(q, k, v, g_H, boundary, states)
-        ctx.exchange = exchange
+            for p, rows in _entering(plan):
+                gate, state = decay_torch.gate_of(g, p.start, p.stop), states[p.segment, p.row]
+                out[rows] += decay_torch.read_state(q[rows], state, gate, 1.0).to(out.dtype)
+        leaving = added if g.ndim == 1 else added + transitions.own * states
+        ctx.save_for_backward(q, k, v, g, saved, states, leaving)
+        ctx.exchange, ctx.prefix, ctx.backend = exchange, prefix, backend
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Any:
-        q, k, v, g_H, boundary, states = ctx.saved_tensors
-        plan, prefix, label = ctx.exchange
-        entering, leaving = _edges(plan)
-        dstates = torch.zeros_like(states)
+        q, k, v, g, saved, states, leaving = ctx.saved_tensors
+        plan, passes = ctx.exchange.plan, passes_of(ctx.backend)
         with torch.autocast(q.device.type, enabled=False):
-            for p in entering:
-                rows = slice(p.start, p.stop)
-                dstates[p.segment, p.row] = op.read_state_backward(dout[rows], q[rows], g_H, 1.0)
-            finish = prefix.leftwards(dstates, label.reversed())
-            dq, dk, dv, _ = op.decay_backward(dout, (q, k, v, g_H), 1.0, plan.cuts, boundary)
-            for p in entering:
-                rows = slice(p.start, p.stop)
-                dq[rows] += op.read_state(dout[rows], states[p.segment, p.row].mT, g_H, 1.0).to(
-                    dq.dtype
-                )
-            dadded = finish()
-            for p in leaving:
-                rows = slice(p.start, p.stop)
-                piece_dk, piece_dv = op.final_state_backward(
-                    dadded[p.segment, p.row], k[rows], v[rows], g_H
-                )
-                dk[rows] += piece_dk.to(dk.dtype)
-                dv[rows] += piece_dv.to(dv.dtype)
-        return dq, dk, dv, None, None
+            dstates, ends = _read_gradients(plan, (q, dout, g), states, ctx.backend)
+            finish = ctx.prefix.leftwards(dstates, ctx.exchange.label.reversed())
+            grads = passes.gradient_pass(q, k, v, g, 1.0, plan.cuts, dout, saved, ends)
+            for p, rows in _entering(plan):
+                gate, state = decay_torch.gate_of(g, p.start, p.stop), states[p.segment, p.row]
+                dq = decay_torch.read_query_gradient(dout[rows], state, gate, 1.0)
+                grads[0][rows] += dq.to(q.dtype)
+                _add_to_gate(grads[3], rows, q[rows] * dq)
+            dleaving = finish()
+            for p, rows in _leaving(plan):
+                gate, dstate = decay_torch.gate_of(g, p.start, p.stop), dleaving[p.segment, p.row]
+                dk, dv = decay_torch.final_state_backward(dstate, k[rows], v[rows], gate)
+                grads[1][rows] += dk.to(k.dtype)
+                grads[2][rows] += dv.to(v.dtype)
+                _add_to_gate(grads[3], rows, -k[rows] * dk)
+                at_end_HK = (leaving[p.segment, p.row] * dstate).sum(-1)
+                _add_to_gate(grads[3], slice(p.stop - 1, p.stop), at_end_HK[None])
+        dq, dk, dv, dG = grads
+        dg = None if dG is None else decay_torch.log_decay_gradient(dG, plan.cuts)
+        return dq, dk, dv, dg, None, None
 
 
-def _edges(plan: Plan) -> tuple[list[Piece], list[Piece]]:
-    """Pieces that go on with a document from the left, and the last piece of every segment."""
-    entering = [p for p in plan.pieces if p.document < p.position and _is_first(plan, p)]
-    leaving = [
-        p for p in plan.pieces if p.position + p.stop - p.start == plan.segments[p.segment].stop
+def _transitions(plan: Plan, g: Tensor) -> Transitions:
+    """How much of a state each segment keeps; that of gates per token only its owner knows."""
+    if g.ndim == 1:
+        return constant_transitions(plan, g)
+    sizes = (g.shape[1], g.shape[2] if g.ndim == 3 else 1, 1)
+    own = g.new_zeros(len(plan.segments), plan.rows, *sizes)
+    for p, rows in _leaving(plan):
+        segment = plan.segments[p.segment]
+        if not plan.resets(p.row, segment):
+            own[p.segment, p.row] = decay_torch.total_decay(g[rows], segment.length)
+    return Transitions(own, links(plan, own))
+
+
+def _added(plan: Plan, operands: tuple[Tensor, ...], backend: str) -> tuple[Tensor, Tensor]:
+    """What every segment adds to a state, and what the output pass wants to know of it."""
+    k, v, g = operands
+    added = g.new_zeros(len(plan.segments), plan.rows, *k.shape[1:], v.shape[2])
+    if backend != "torch":
+        starts, finals = passes_of(backend).state_pass(k, v, g, plan.cuts)
+        for p, _ in _leaving(plan):
+            added[p.segment, p.row] = finals[plan.pieces.index(p)]
+        return added, starts
+    # Only the last piece of a segment: the output pass works out the states of all by itself.
+    for p, rows in _leaving(plan):
+        gate = decay_torch.gate_of(g, p.start, p.stop)
+        added[p.segment, p.row] = decay_torch.final_state(k[rows], v[rows], gate)
+    return added, added.new_empty(0)
+
+
+def _read_gradients(
+    plan: Plan, operands: tuple[Tensor, ...], states: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the state entering every segment, and what the gradient pass wants of it."""
+    q, dout, g = operands
+    dstates = torch.zeros_like(states)
+    if backend != "torch":
+        ends, dinitial = passes_of(backend).dstate_pass(q, dout, g, 1.0, plan.cuts)
+        for p, _ in _entering(plan):
+            dstates[p.segment, p.row] = dinitial[plan.pieces.index(p)]
+        return dstates, ends
+    for p, rows in _entering(plan):
+        gate = decay_torch.gate_of(g, p.start, p.stop)
+        dstates[p.segment, p.row] = decay_torch.read_state_backward(dout[rows], q[rows], gate, 1.0)
+    return dstates, states.new_empty(0)
+
+
+def _add_to_gate(dG: Tensor | None, rows: slice, x_THK: Tensor) -> None:
+    """Adds to the gradient of the running sum of a gate per token."""
+    if dG is not None:
+        dG[rows] += x_THK.sum(-1) if dG.ndim == 2 else x_THK
+
+
+def _entering(plan: Plan) -> list[tuple[Piece, slice]]:
+    """Pieces that go on with a document from the left, and their tokens."""
+    return [
+        (p, slice(p.start, p.stop))
+        for p in plan.pieces
+        if p.document < p.position == plan.segments[p.segment].start
     ]
-    return entering, leaving
 
 
-def _is_first(plan: Plan, piece: Piece) -> bool:
-    return piece.position == plan.segments[piece.segment].start
+def _leaving(plan: Plan) -> list[tuple[Piece, slice]]:
+    """The last piece of every segment, and its tokens."""
+    return [
+        (p, slice(p.start, p.stop))
+        for p in plan.pieces
+        if p.position + p.stop - p.start == plan.segments[p.segment].stop
+    ]

@@ -11,7 +11,7 @@ from torch import Tensor
 from longctx.sequence.affine import ChainedPrefix, GatheredPrefix, Prefix, Transitions
 from longctx.sequence.attention_core import Wires, sharded_softmax_attention
 from longctx.sequence.communicator import Communicator
-from longctx.sequence.decay_core import sharded_decay_attention
+from longctx.sequence.decay_core import Exchange, sharded_decay_attention
 from longctx.sequence.halo import Halo, HaloPlan
 from longctx.sequence.heads import HeadTrade
 from longctx.sequence.ledger import Label
@@ -88,18 +88,27 @@ class ShardedView(SequenceView):
         return Label(self.layer, verb)
 
     def decay_attention(
-        self, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, log_decay_H: Tensor | None
+        self,
+        q_BTHK: Tensor,
+        k_BTHK: Tensor,
+        v_BTHV: Tensor,
+        log_decay: Tensor | None,
+        backend: str = "auto",
     ) -> Tensor:
         if self.transports.prefix == "ulysses":
             inner, trade = self._by_heads()
-            if log_decay_H is not None:
-                log_decay_H = trade.share(log_decay_H, 0)
             q, k, v = (trade.gather_tokens(x) for x in (q_BTHK, k_BTHK, v_BTHV))
-            return trade.gather_heads(inner.decay_attention(q, k, v, log_decay_H))
+            if log_decay is not None and log_decay.ndim == 1:
+                log_decay = trade.share(log_decay, 0)
+            elif log_decay is not None:
+                traded = trade.gather_tokens(log_decay.reshape(*q_BTHK.shape[:3], -1))
+                log_decay = traded[..., 0] if log_decay.ndim == 3 else traded
+            return trade.gather_heads(inner.decay_attention(q, k, v, log_decay, backend))
         flat = (q_BTHK.flatten(0, 1), k_BTHK.flatten(0, 1), v_BTHV.flatten(0, 1))
-        out = sharded_decay_attention(
-            flat, log_decay_H, self.plan, self._make_prefix, self._label("prefix")
-        )
+        if log_decay is not None and log_decay.ndim > 1:
+            log_decay = log_decay.flatten(0, 1)
+        wires = Exchange(self.plan, self._make_prefix, self._label("prefix"))
+        out = sharded_decay_attention(flat, log_decay, wires, backend)
         return out.view_as(v_BTHV)
 
     def _make_prefix(self, transitions: Transitions) -> Prefix:

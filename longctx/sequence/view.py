@@ -145,9 +145,17 @@ class SequenceView(ABC):
 
     @abstractmethod
     def decay_attention(
-        self, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, log_decay_H: Tensor | None
+        self,
+        q_BTHK: Tensor,
+        k_BTHK: Tensor,
+        v_BTHV: Tensor,
+        log_decay: Tensor | None,
+        backend: str = "auto",
     ) -> Tensor:
-        """Linear attention over each document, state decayed by a constant per head."""
+        """Linear attention over each document, its state decayed by `exp(log_decay)`, at most 1.
+
+        The log decay is None, `[H]` (no gradient), `[B, T, H]` or `[B, T, H, K]`.
+        """
 
     @abstractmethod
     def softmax_attention(
@@ -185,10 +193,21 @@ class LocalView(SequenceView):
         return torch.tensor(self.cuts, dtype=torch.int32)
 
     def decay_attention(
-        self, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, log_decay_H: Tensor | None
+        self,
+        q_BTHK: Tensor,
+        k_BTHK: Tensor,
+        v_BTHV: Tensor,
+        log_decay: Tensor | None,
+        backend: str = "auto",
     ) -> Tensor:
         q, k, v = one_row(q_BTHK), one_row(k_BTHK), one_row(v_BTHV)
-        out, _ = decay_attention(q, k, v, log_decay_H, scale=1.0, cu_seqlens=self.cu_seqlens)
+        gate = {}
+        if log_decay is not None:
+            name = {1: "g_gamma", 3: "g", 4: "gk"}[log_decay.ndim]
+            gate = {name: log_decay if log_decay.ndim == 1 else one_row(log_decay)}
+        out, _ = decay_attention(
+            q, k, v, **gate, scale=1.0, cu_seqlens=self.cu_seqlens, backend=backend
+        )
         return out.view_as(v_BTHV)
 
     def softmax_attention(

@@ -1,6 +1,8 @@
-"""What the device can do at best, and how much memory the process has used."""
+"""What the device can do at best, and how the process uses memory."""
 
+import ctypes
 import resource
+import sys
 import time
 
 import torch
@@ -24,6 +26,7 @@ PEAKS = (
     ("RTX 4090", 165e12, 82.6e12),
 )
 MEASURE_SECONDS = 0.1
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
@@ -45,6 +48,17 @@ def peak_memory_bytes(device: torch.device) -> int:
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def keep_freed_memory() -> bool:
+    """Makes glibc reuse the memory of large tensors; False where there is no glibc.
+
+    It would hand blocks above 32 MB back to the system and fault in every page anew, which adds
+    to the cost per token of long sequences only.
+    """
+    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        return False
+    return bool(libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, -1))
 
 
 def _listed_peak(device_name: str, dtype: torch.dtype) -> float | None:

@@ -18,7 +18,7 @@ from longctx.parallel import Mesh, Split, resolve, world_size
 from longctx.train import checkpoint
 from longctx.train.curves import draw_loss
 from longctx.train.environment import describe
-from longctx.train.hardware import peak_flops, peak_memory_bytes
+from longctx.train.hardware import keep_freed_memory, peak_flops, peak_memory_bytes
 from longctx.train.metrics import MetricsLog, SilentLog, write_json
 from longctx.train.optim import build_optimizer, clip_gradients, learning_rate
 from longctx.train.run_directory import open_run, write_config
@@ -29,6 +29,8 @@ from longctx.train.signals import StopRequest
 def train(settings: Settings) -> str:
     """Trains, or goes on with, the run of these settings; the signal that stopped it, or ""."""
     device, split, loaders, resumed = prepare(settings, world_size())
+    if device.type == "cpu":
+        keep_freed_memory()
     mesh = Mesh(split, device, settings.parallel.timeout_seconds)
     trainer = Trainer(settings, loaders, mesh)
     if resumed:

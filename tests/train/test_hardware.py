@@ -1,12 +1,17 @@
 import json
 import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from longctx.train import hardware
+from longctx.config import apply_overrides
+from longctx.train import hardware, trainer
 from longctx.train.environment import describe
 from longctx.train.hardware import peak_flops, peak_memory_bytes
+from longctx.train.settings import load_settings
 
 
 def test_the_peak_of_a_cpu_is_measured_without_using_random_numbers():
@@ -51,3 +56,31 @@ def test_the_environment_is_json_without_environment_variables(monkeypatch):
     assert "not-to-be-recorded" not in text
     assert json.loads(text)["torch"] == torch.__version__
     assert json.loads(text)["cores"] <= os.cpu_count()
+
+
+def test_training_on_a_cpu_keeps_freed_memory(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(trainer, "keep_freed_memory", lambda: asked.append(True))
+    options = ["--train.steps", "1", "--train.seq_len", "32", "--train.device", "cpu"]
+    options += ["--eval.sequences", "1", "--run.dir", str(tmp_path / "run")]
+    trainer.train(apply_overrides(load_settings("tiny"), options, "test"))
+    assert asked == [True]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc's allocator")
+def test_freed_memory_is_reused_without_new_page_faults():
+    script = (
+        "import resource, sys, torch\n"
+        "from longctx.train.hardware import keep_freed_memory\n"
+        "if sys.argv[1] == 'keep': assert keep_freed_memory()\n"
+        "torch.ones(1 << 25)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "torch.ones(1 << 25)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+    )
+
+    def faults(choice: str) -> int:
+        command = [sys.executable, "-c", script, choice]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert faults("keep") < faults("plain") / 10
