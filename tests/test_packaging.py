@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -59,15 +60,18 @@ def test_kernels_is_no_package():
     assert not (ROOT / "kernels" / "__init__.py").exists(), "it would shadow a package of that name"
 
 
-def test_kernels_import_only_torch_and_triton():
+def imported(nodes: Iterable[ast.AST]) -> set[str]:
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {n.module for n in nodes if isinstance(n, ast.ImportFrom) and not n.level}
+    return {name.split(".")[0] for name in names}
+
+
+def test_kernels_import_only_torch_and_triton_and_fla_inside_functions():
     allowed = {"torch", "triton", "longctx_kernels"} | sys.stdlib_module_names
     for path in (ROOT / "kernels" / "longctx_kernels").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom) and not node.level:
-                names = [node.module]
-            for name in names:
-                assert name.split(".")[0] in allowed, f"{path}: imports {name}"
+        tree = ast.parse(path.read_text())
+        assert imported(tree.body) <= allowed, path
+        assert imported(list(ast.walk(tree))) <= allowed | {"fla"}, path
 
 
 def test_every_module_imports_without_optional_packages():

@@ -8,10 +8,11 @@ the view. `core_reference` is the same map written token by token: the definitio
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
+from longctx_kernels.launch import backend_of
 from torch import Tensor, nn
 
 from longctx.config import Registered
@@ -19,6 +20,8 @@ from longctx.errors import InputError
 from longctx.sequence.expected import Expected, Share
 from longctx.sequence.sharded import Transports
 from longctx.sequence.view import LocalView, SequenceView
+
+Backend = Literal["auto", "torch", "triton", "fla"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,13 @@ class MixerConfig(Registered):
         """Why this cannot use `transports`, beginning with a field's name; empty if it can."""
         return ""
 
+    def on(self, backend: Backend) -> Self:
+        """The same table; what leaves the choice to the model computes with `backend`."""
+        return self
+
+    def check_device(self, device: torch.device) -> None:
+        """Raises ValueError, naming what computes, if that cannot be done on `device`."""
+
     def check_length(self, seq_len: int, where: str) -> None:
         """Raises InputError if sequences are too short for this."""
 
@@ -69,6 +79,19 @@ class HeadsConfig(MixerConfig):
     """Query heads."""
     head_dim: int = 0
     """Key and query size of a head; 0 means model.width / num_heads."""
+    backend: Literal["model", "auto", "torch", "triton", "fla"] = "model"
+    """Who computes the core; model takes model.backend."""
+
+    def on(self, backend: Backend) -> Self:
+        return replace(self, backend=backend) if self.backend == "model" else self
+
+    @property
+    def computes_with(self) -> str:
+        """The backend, also of a mixer that stands in no model."""
+        return "auto" if self.backend == "model" else self.backend
+
+    def check_device(self, device: torch.device) -> None:
+        backend_of(torch.empty(0, device=device), self.computes_with)
 
     def check(self, width: int, where: str) -> None:
         if self.num_heads < 1:

@@ -89,7 +89,11 @@ class LinearConfig(HeadsConfig, kind="linear"):
             )
 
     def refusal(self, transports: Transports) -> str:
-        return super().refusal(transports) if transports.prefix == "ulysses" else ""
+        if transports.prefix == "ulysses":
+            return super().refusal(transports)
+        if self.backend == "fla":
+            return "backend = 'fla' cannot split a sequence: choose auto, or prefix 'ulysses'"
+        return ""
 
 
 class LinearParts(NamedTuple):
@@ -132,7 +136,11 @@ class Linear(Mixer):
 
     def core(self, projected: LinearParts, view: SequenceView) -> Tensor:
         q_BTHK, k_BTHK, v_BTHV, _ = projected
-        return self._divide(view.decay_attention(q_BTHK, k_BTHK, v_BTHV, self.log_decay_H))
+        return self._divide(
+            view.decay_attention(
+                q_BTHK, k_BTHK, v_BTHV, self.log_decay_H, self.config.computes_with
+            )
+        )
 
     def core_reference(self, projected: LinearParts, view: LocalView) -> Tensor:
         q, k, v = (one_row(x) for x in projected[:3])

@@ -5,14 +5,14 @@ renormalised and multiplied by their number, shared gates by theirs, the two gro
 an untrained router keeps the scale of the inner mixer; the balance loss is E times the paper's.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from longctx.errors import InputError
-from longctx.mixers.base import Mixer, MixerConfig, Place
+from longctx.mixers.base import Backend, Mixer, MixerConfig, Place
 from longctx.sequence.expected import Expected, Share, combined, reduce_traffic
 from longctx.sequence.sharded import Transports
 from longctx.sequence.view import LocalView, SequenceView
@@ -60,6 +60,12 @@ class MoHConfig(MixerConfig, kind="moh"):
                 f"{where}.active_heads = {self.active_heads}: must be between 1 and the {routed} "
                 "routed heads (heads of inner less shared_heads)"
             )
+
+    def on(self, backend: Backend) -> "MoHConfig":
+        return replace(self, inner=self.inner.on(backend))
+
+    def check_device(self, device: torch.device) -> None:
+        self.inner.check_device(device)
 
     def refusal(self, transports: Transports) -> str:
         reason = self.inner.refusal(transports)

@@ -11,7 +11,7 @@ from longctx_kernels.softmax_attention import (
 from torch import Tensor, nn
 
 from longctx.errors import InputError
-from longctx.mixers.base import HeadsConfig, Mixer, Place, RMSNorm, split_heads
+from longctx.mixers.base import Backend, HeadsConfig, Mixer, Place, RMSNorm, split_heads
 from longctx.sequence.expected import Expected, Share, Sizes, softmax_traffic
 from longctx.sequence.sharded import Transports
 from longctx.sequence.view import LocalView, SequenceView, one_row
@@ -31,6 +31,10 @@ class SoftmaxConfig(HeadsConfig, kind="softmax"):
     """Share of each head that is rotated; 0 uses no positions (NoPE)."""
     qk_norm: bool = True
     """RMSNorm of queries and keys per head."""
+
+    def on(self, backend: Backend) -> "SoftmaxConfig":
+        # fla's softmax attention is not among its operators for which there is a use here.
+        return super().on("auto" if backend == "fla" else backend)
 
     def build(self, place: Place) -> "Softmax":
         return Softmax(self, place)
@@ -52,6 +56,8 @@ class SoftmaxConfig(HeadsConfig, kind="softmax"):
                 f"{where}.num_kv_heads = {self.num_kv_heads} does not divide "
                 f"num_heads = {self.num_heads}"
             )
+        if self.backend == "fla":
+            raise InputError(f"{where}.backend = 'fla': is for linear layers; leave it out")
         if self.window < 0:
             raise InputError(f"{where}.window = {self.window}: must be 0 (no window) or positive")
         if not 0 <= self.rope_fraction <= 1:
@@ -120,7 +126,7 @@ class Softmax(Mixer):
         return rotate(x_BTHK, view.positions_BT, config.rope_base, config.rope_fraction)
 
     def core(self, projected: SoftmaxParts, view: SequenceView) -> Tensor:
-        return view.softmax_attention(*projected, self.config.window)
+        return view.softmax_attention(*projected, self.config.window, self.config.computes_with)
 
     def core_reference(self, projected: SoftmaxParts, view: LocalView) -> Tensor:
         q, k, v = (one_row(x) for x in projected)

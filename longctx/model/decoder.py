@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from longctx.errors import InputError
 from longctx.mixers import Mixer, MixerConfig, Place
-from longctx.mixers.base import RMSNorm
+from longctx.mixers.base import Backend, RMSNorm
 from longctx.model.layers import SwiGLU
 from longctx.model.loss import linear_cross_entropy
 from longctx.sequence.view import LocalView, SequenceView
@@ -29,6 +29,8 @@ class ModelConfig:
     """The mixer each letter of the pattern stands for; letters may stay unused."""
     mlp_hidden: int = 0
     """Hidden size of the feed-forward layers; 0 means 8/3 of width, rounded up to 32."""
+    backend: Backend = "auto"
+    """Who computes the cores of mixers: auto is Triton on a GPU and PyTorch on a CPU."""
     tied_head: bool = True
     """Use the embedding as the output head."""
     dropout: float = 0.0
@@ -60,7 +62,7 @@ class ModelConfig:
     def layers(self) -> tuple[MixerConfig, ...]:
         """The mixer of each layer."""
         letters = (self.pattern * -(-self.depth // len(self.pattern)))[: self.depth]
-        return tuple(self.mixers[letter] for letter in letters)
+        return tuple(self.mixers[letter].on(self.backend) for letter in letters)
 
 
 class Block(nn.Module):

@@ -12,6 +12,13 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from longctx_kernels.lifetime_attention import (
+    Score,
+    Sight,
+    lifetime_backward,
+    lifetime_forward,
+    merge,
+)
 from longctx_kernels.softmax_attention import (
     FULL,
     Tile,
@@ -23,15 +30,17 @@ from torch import Tensor
 from longctx.sequence.communicator import Communicator, Pending
 from longctx.sequence.ledger import Label
 from longctx.sequence.plan import Piece, Plan
+from longctx.sequence.sights import block_sight
 
 Tensors = tuple[Tensor, ...]
 
 
 class Wires(NamedTuple):
-    """Whom an attention talks to, and under which name it is counted."""
+    """Whom an attention talks to, under which name it is counted, and who computes it."""
 
     communicator: Communicator
     label: Label
+    backend: str
 
 
 def sharded_softmax_attention(
@@ -65,6 +74,7 @@ class _Forward:
     """The tiles of a forward pass; they fill (out, lse). Own keys come first for every head."""
 
     plan: Plan
+    backend: str
     operands: Tensors
     results: Tensors
 
@@ -86,7 +96,22 @@ class _Forward:
         """Own queries against the keys of rank `source`."""
         queries = self.queries(heads)
         q_HTK, results = self.operands[0][queries], tuple(x[queries] for x in self.results)
-        attend((q_HTK, *block), results, self.plan.once(block_tiles, source), _scale(q_HTK))
+        if self.backend == "triton":
+            q, k, v = _by_token((q_HTK, *block))
+            found = lifetime_forward(
+                q, k, v, self.sight(source), Score(_scale(q)), True, self.backend
+            )
+            partial = _by_token(found)
+            if source != self.plan.rank:
+                partial = merge((results[0], results[1]), (partial[0], partial[1]))
+            for kept, new in zip(results, partial):
+                kept.copy_(new)
+        else:
+            attend((q_HTK, *block), results, self.plan.once(block_tiles, source), _scale(q_HTK))
+
+    def sight(self, source: int) -> Sight:
+        """Which keys of rank `source` own queries see."""
+        return self.plan.once(block_sight, source, 0, self.operands[0].device)
 
 
 @dataclass(frozen=True)
@@ -110,15 +135,21 @@ class _Backward(_Forward):
 
     def _add(self, block: Tensors, grads: Sequence[Tensor], source: int, heads: slice) -> None:
         queries = self.queries(heads)
-        q_HTK, dq_HTK = self.operands[0][queries], self.gradients[0][queries]
-        attend_backward(
-            self.dout_HTV[queries],
-            (q_HTK, *block),
-            tuple(x[queries] for x in self.results),
-            (dq_HTK, *grads),
-            self.plan.once(block_tiles, source),
-            _scale(q_HTK),
-        )
+        operands = (self.operands[0][queries], *block)
+        sums = (self.gradients[0][queries], *grads)
+        dout_HTV, results = self.dout_HTV[queries], tuple(x[queries] for x in self.results)
+        scale = _scale(operands[0])
+        if self.backend == "triton":
+            q, k, v, dout, out, lse = _by_token((*operands, dout_HTV, *results))
+            sight, score = self.sight(source), Score(scale)
+            found = lifetime_backward(
+                dout, None, (q, k, v), (out, lse), sight, score, True, self.backend
+            )
+            for dx, value in zip(sums, _by_token(found[:3])):
+                dx += value
+        else:
+            tiles = self.plan.once(block_tiles, source)
+            attend_backward(dout_HTV, operands, results, sums, tiles, scale)
 
     def arrived(self, message: Tensor, heads: slice) -> None:
         """Adds what other ranks found for own keys."""
@@ -131,6 +162,7 @@ class _Transport(Protocol):
     """Brings keys to queries."""
 
     plan: Plan
+    wires: Wires
 
     def forward(self, work: _Forward) -> None: ...
 
@@ -147,7 +179,8 @@ class _AttentionCore(torch.autograd.Function):
         wide = torch.promote_types(q_HTK.dtype, torch.float32)
         out_HTV = q_HTK.new_empty(*q_HTK.shape[:2], v_JTV.shape[-1], dtype=wide)
         lse_HT = out_HTV.new_empty(q_HTK.shape[:2])
-        transport.forward(_Forward(transport.plan, (q_HTK, k_JTK, v_JTV), (out_HTV, lse_HT)))
+        operands, results = (q_HTK, k_JTK, v_JTV), (out_HTV, lse_HT)
+        transport.forward(_Forward(transport.plan, transport.wires.backend, operands, results))
         out_HTV = out_HTV.to(v_JTV.dtype)
         ctx.save_for_backward(q_HTK, k_JTK, v_JTV, out_HTV, lse_HT)
         ctx.transport = transport
@@ -159,8 +192,16 @@ class _AttentionCore(torch.autograd.Function):
         operands, results = (q_HTK, k_JTK, v_JTV), (out_HTV, lse_HT)
         gradients = tuple(torch.zeros_like(x, dtype=lse_HT.dtype) for x in operands)
         transport = ctx.transport
-        transport.backward(_Backward(transport.plan, operands, results, dout_HTV, gradients))
+        backend = transport.wires.backend
+        transport.backward(
+            _Backward(transport.plan, backend, operands, results, dout_HTV, gradients)
+        )
         return *(dx.to(x.dtype) for dx, x in zip(gradients, operands)), None
+
+
+def _by_token(tensors: Sequence[Tensor]) -> Tensors:
+    """`[H, T, ...]` as `[T, H, ...]`, or the other way round."""
+    return tuple(x.transpose(0, 1) for x in tensors)
 
 
 def _scale(q_HTK: Tensor) -> float:

@@ -5,6 +5,7 @@ from functools import cached_property
 from typing import Literal
 
 import torch
+from longctx_kernels.launch import backend_of
 from longctx_kernels.softmax_attention import Tile, attend_tiles, piece_tiles
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from longctx.sequence.halo import Halo, HaloPlan
 from longctx.sequence.heads import HeadTrade
 from longctx.sequence.ledger import Label
 from longctx.sequence.plan import Plan
+from longctx.sequence.sights import attend_seen, halo_sight
 from longctx.sequence.view import LocalView, SequenceView
 
 SCAN_BLOCKS = 4
@@ -119,29 +121,39 @@ class ShardedView(SequenceView):
         return ChainedPrefix(self.plan, transitions, self.links.chain, blocks, beside)
 
     def softmax_attention(
-        self, q_BTHK: Tensor, k_BTJK: Tensor, v_BTJV: Tensor, window: int
+        self,
+        q_BTHK: Tensor,
+        k_BTJK: Tensor,
+        v_BTJV: Tensor,
+        window: int,
+        backend: str = "auto",
     ) -> Tensor:
         if self.transports.heads > 1:
             inner, trade = self._by_heads()
             k_BTJK, v_BTJV = trade.repeated(k_BTJK), trade.repeated(v_BTJV)
             q, k, v = (trade.gather_tokens(x) for x in (q_BTHK, k_BTJK, v_BTJV))
-            return trade.gather_heads(inner.softmax_attention(q, k, v, window))
+            return trade.gather_heads(inner.softmax_attention(q, k, v, window, backend))
         flat = (q_BTHK.flatten(0, 1), k_BTJK.flatten(0, 1), v_BTJV.flatten(0, 1))
+        backend = backend_of(q_BTHK, backend)
         if window:
-            out = self._windowed(*flat, window)
+            out = self._windowed(flat, window, backend)
         else:
-            wires = Wires(self.links.ring, self._label("stream"))
+            wires = Wires(self.links.ring, self._label("stream"), backend)
             out = sharded_softmax_attention(
                 flat, self.plan, wires, self.transports.stream, self.transports.gather_heads
             )
         return out.unflatten(0, q_BTHK.shape[:2])
 
-    def _windowed(self, q_MHK: Tensor, k_MJK: Tensor, v_MJV: Tensor, window: int) -> Tensor:
+    def _windowed(self, flat: tuple[Tensor, ...], window: int, backend: str) -> Tensor:
+        q_MHK, k_MJK, v_MJV = flat
         halo = self.plan.once(HaloPlan, min(window, self.plan.placement.length) - 1, 0)
         together = torch.cat((k_MJK, v_MJV), -1)
         wide = Halo.apply(together, halo, self.links.ring, self._label("halo"))
         k, v = wide.split((k_MJK.shape[-1], v_MJV.shape[-1]), -1)
-        return attend_tiles(q_MHK, k, v, self.plan.once(window_tiles, halo, window))
+        if backend != "triton":
+            return attend_tiles(q_MHK, k, v, self.plan.once(window_tiles, halo, window))
+        sight = self.plan.once(halo_sight, halo, window, q_MHK.device)
+        return attend_seen(q_MHK, k, v, sight)
 
     def _by_heads(self) -> tuple[SequenceView, HeadTrade]:
         """The view inside a Ulysses group, and the trade that leads there."""

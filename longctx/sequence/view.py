@@ -12,6 +12,7 @@ from typing import Self
 
 import torch
 from longctx_kernels.decay_attention import decay_attention
+from longctx_kernels.launch import backend_of
 from longctx_kernels.softmax_attention import softmax_attention
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from longctx.sequence.ledger import Label
 from longctx.sequence.placement import place
 from longctx.sequence.plan import Documents, Plan, document_starts
 from longctx.sequence.randomness import token_keys, uniform
+from longctx.sequence.sights import attend_seen, block_sight
 from longctx.sequence.verbs import (
     AFFINE,
     AffinePrefix,
@@ -159,7 +161,12 @@ class SequenceView(ABC):
 
     @abstractmethod
     def softmax_attention(
-        self, q_BTHK: Tensor, k_BTJK: Tensor, v_BTJV: Tensor, window: int
+        self,
+        q_BTHK: Tensor,
+        k_BTJK: Tensor,
+        v_BTJV: Tensor,
+        window: int,
+        backend: str = "auto",
     ) -> Tensor:
         """Causal softmax attention over each document; `window` keys are seen, 0 sees all."""
 
@@ -201,20 +208,35 @@ class LocalView(SequenceView):
         backend: str = "auto",
     ) -> Tensor:
         q, k, v = one_row(q_BTHK), one_row(k_BTHK), one_row(v_BTHV)
-        gate = {}
-        if log_decay is not None:
-            name = {1: "g_gamma", 3: "g", 4: "gk"}[log_decay.ndim]
-            gate = {name: log_decay if log_decay.ndim == 1 else one_row(log_decay)}
+        g = log_decay if log_decay is None or log_decay.ndim == 1 else one_row(log_decay)
+        rank = 0 if g is None else g.ndim
         out, _ = decay_attention(
-            q, k, v, **gate, scale=1.0, cu_seqlens=self.cu_seqlens, backend=backend
+            q,
+            k,
+            v,
+            g=g if rank == 3 else None,
+            g_gamma=g if rank == 1 else None,
+            gk=g if rank == 4 else None,
+            scale=1.0,
+            cu_seqlens=self.cu_seqlens,
+            backend=backend,
         )
         return out.view_as(v_BTHV)
 
     def softmax_attention(
-        self, q_BTHK: Tensor, k_BTJK: Tensor, v_BTJV: Tensor, window: int
+        self,
+        q_BTHK: Tensor,
+        k_BTJK: Tensor,
+        v_BTJV: Tensor,
+        window: int,
+        backend: str = "auto",
     ) -> Tensor:
         q, k, v = one_row(q_BTHK), one_row(k_BTJK), one_row(v_BTJV)
-        out = softmax_attention(q, k, v, window, cu_seqlens=self.cu_seqlens)
+        if backend_of(q, backend) == "triton":
+            sight = self.plan.once(block_sight, 0, window, q.device)
+            out = attend_seen(q[0], k[0], v[0], sight)
+        else:
+            out = softmax_attention(q, k, v, window, cu_seqlens=self.cu_seqlens)
         return out.view(*q_BTHK.shape[:3], -1)
 
     def _make_prefix(self, transitions: Transitions) -> Prefix:

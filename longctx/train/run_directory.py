@@ -5,7 +5,7 @@ from pathlib import Path
 from longctx.config import decode, first_difference, load_table, to_toml
 from longctx.errors import InputError, OutsideError
 from longctx.train import checkpoint
-from longctx.train.settings import IDENTITY, Settings
+from longctx.train.settings import IDENTITY, MAY_CHANGE, Settings
 
 CONFIG_FILE = "config.toml"
 
@@ -52,7 +52,7 @@ def write_config(settings: Settings) -> None:
 def _check_same_run(settings: Settings, folder: Path) -> None:
     file = folder / CONFIG_FILE
     before = decode(Settings, load_table(file), file=str(file))
-    if difference := first_difference(before, settings, IDENTITY):
+    if difference := first_difference(before, settings, IDENTITY, MAY_CHANGE):
         raise InputError(
             f"run.dir = '{folder}' holds another run ({difference}); "
             "choose another run.dir or restore that setting"

@@ -129,7 +129,8 @@ IDENTITY = (
     "train.seq_len",
     "train.batch_size",
 )
-"""What a resumed run may not change."""
+"""What a resumed run may not change, but for who computes it."""
+MAY_CHANGE = ("model.backend", "model.mixers.*backend")
 
 
 def load_settings(name: str) -> Settings:

@@ -57,6 +57,7 @@ def prepare(settings: Settings, processes: int) -> Prepared:
     """Refuses what cannot run on this many processes, before anything is written or sent."""
     config = settings.train
     device = config.resolve_device()
+    _check_backends(settings, device)
     split = resolve(settings.parallel, settings.model.layers, processes, config.seq_len)
     if config.batch_size % split.dp:
         raise InputError(
@@ -65,6 +66,14 @@ def prepare(settings: Settings, processes: int) -> Prepared:
         )
     loaders = build_loaders(settings.data, config.seq_len, config.batch_size, settings.run.seed)
     return Prepared(device, split, loaders, open_run(settings, loaders.fingerprint))
+
+
+def _check_backends(settings: Settings, device: torch.device) -> None:
+    for letter, mixer in settings.model.mixers.items():
+        try:
+            mixer.on(settings.model.backend).check_device(device)
+        except ValueError as error:
+            raise InputError(f"model.mixers.{letter}: {error}") from None
 
 
 @dataclass

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from longctx_kernels import decay_attention as op
+from longctx_kernels import decay_torch as op
 from longctx_kernels.decay_attention import decay_attention, decay_attention_reference
 
 from tests.tolerances import assert_close
@@ -33,7 +33,15 @@ def results(call, tensors, decay, cuts):
     q, k, v, state = tensors
     gamma = None if decay is None else torch.tensor(decay, dtype=q.dtype)
     cu_seqlens = None if cuts is None else torch.tensor(cuts, dtype=torch.int32)
-    out, final = call(q, k, v, gamma, None, state, True, cu_seqlens)
+    out, final = call(
+        q,
+        k,
+        v,
+        g_gamma=gamma,
+        initial_state=state,
+        output_final_state=True,
+        cu_seqlens=cu_seqlens,
+    )
     generator = torch.Generator().manual_seed(5)
     dout, dfinal = (
         torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in (out, final)
@@ -66,8 +74,9 @@ def test_result_does_not_depend_on_the_chunk_size(chunk, monkeypatch):
 def test_state_without_decay_does_not_drift_over_64k_tokens():
     q, k, v, state = operands(1, 1 << 16, 1, torch.float32)
     with torch.no_grad():
-        _, narrow = decay_attention(q, k, v, None, 1.0, state, True)
-        _, wide = decay_attention(*(x.double() for x in (q, k, v)), None, 1.0, state.double(), True)
+        _, narrow = decay_attention(q, k, v, None, None, None, 1.0, state, True)
+        wides = (x.double() for x in (q, k, v))
+        _, wide = decay_attention(*wides, None, None, None, 1.0, state.double(), True)
     assert_close(narrow, wide, "fp32")
 
 

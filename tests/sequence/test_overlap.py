@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from longctx_kernels import decay_attention
+from longctx_kernels import decay_torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -102,8 +102,8 @@ def _slow_kernels(monkeypatch, schedule):
         return each * operands[1].shape[0] if is_own else 0.0
 
     if schedule.core == "affine":
-        change(decay_attention, "decay_forward", lambda *_: LONGER)
-        change(decay_attention, "decay_backward", lambda *_: LONGER)
+        change(decay_torch, "output_pass", lambda *_: LONGER)
+        change(decay_torch, "gradient_pass", lambda *_: LONGER)
         return
     chunk = schedule.transports.gather_heads or HEADS
     forward, backward = LONGER / chunk, 2 * LONGER / chunk

@@ -1,0 +1,48 @@
+"""Attention of blocks of queries to listed blocks of keys: routed, strided or other patterns."""
+
+import torch
+from torch import Tensor
+
+from longctx_kernels.lifetime_attention import _apply, _public_sight
+
+
+def flash_blocklist(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    block_size: int,
+    expiry: Tensor | None = None,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    query_bias: Tensor | None = None,
+    normaliser: str = "softmax",
+    scale: float | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`flash_lifetime` within listed blocks; rows of a batch are numbered through.
+
+    `blocks` [1 or J, ceil(B * T / block_size), L] int32 holds the key blocks of each query block,
+    in any order, by key head if it has J rows; -1 is no block, and a block counts once.
+    """
+    _check_blocks(q, k, blocks, block_size)
+    sight = _public_sight(
+        q, k, v, expiry, query_positions, key_positions, blocks.to(torch.int32), block_size
+    )
+    return _apply(q, k, v, sight, key_bias, query_bias, normaliser, scale, backend)
+
+
+def _check_blocks(q: Tensor, k: Tensor, blocks: Tensor, block_size: int) -> None:
+    if block_size not in (16, 32, 64, 128):
+        raise ValueError(f"block_size {block_size}: expected 16, 32, 64 or 128")
+    if q.dim() != 4 or k.dim() != 4:
+        raise ValueError("q, k and v must be [batch, tokens, heads, size]")
+    query_blocks = -(-q.shape[0] * q.shape[1] // block_size)
+    rows = (1, k.shape[2])
+    if blocks.dim() != 3 or blocks.shape[0] not in rows or blocks.shape[1] != query_blocks:
+        raise ValueError(
+            f"blocks must be [1 or {k.shape[2]}, {query_blocks}, any], got {tuple(blocks.shape)}"
+        )
+    if blocks.shape[2] == 0 or blocks.is_floating_point():
+        raise ValueError("blocks must hold integers, and at least one entry (-1: no block) a row")

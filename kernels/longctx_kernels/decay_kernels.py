@@ -1,0 +1,492 @@
+"""Triton kernels of decay attention; `decay_triton.py` launches them.
+
+Per head `S_t = Diag(exp(g_t)) S_{t-1} + k_t v_t^T` and `o_t = scale S_t^T q_t`. A chunk is a row
+(start, stop, row of its state) of `chunks`; a program walks it in tiles of BLOCK_T tokens. GATE: 0
+is a constant `[H]`, 1 a scalar `[T, H]`, 2 a diagonal `[T, H, K]`. Every exponent is the sum of the
+log decays of consecutive tokens of one tile, so none is positive. H, K and V are constants: offsets
+in a tile then fold into instructions, where they would else hold most registers.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _dot(a, b, c):
+    if a.dtype == tl.float32:
+        return tl.dot(a, b, c, input_precision="ieee")
+    else:
+        return tl.dot(a, b, c)
+
+
+@triton.jit
+def _inside(row, length, d, D: tl.constexpr):
+    """Mask of rows below `length` and columns below D."""
+    # Nothing compares columns where none can be outside: D is a multiple of the power of two.
+    if ((d.shape[0] - 1) & D) == 0:
+        return (row < length)[:, None]
+    else:
+        return (row < length)[:, None] & (d < D)[None, :]
+
+
+@triton.jit
+def _load(x, row, length, d, H: tl.constexpr, D: tl.constexpr):
+    """Rows and columns of one head, zeros outside; x points at the chunk's first row."""
+    at = x + row[:, None] * (H * D) + d[None, :]
+    return tl.load(at, mask=_inside(row, length, d, D), other=0.0)
+
+
+@triton.jit
+def _store(x, value, row, length, d, H: tl.constexpr, D: tl.constexpr):
+    at = x + row[:, None] * (H * D) + d[None, :]
+    tl.store(at, value.to(x.dtype.element_ty), mask=_inside(row, length, d, D))
+
+
+@triton.jit
+def _load_state(x, k, v, K: tl.constexpr, V: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """State `[K, V]`, or `[V, K]` if TRANSPOSED; x points at its first element."""
+    if TRANSPOSED:
+        mask = (k < K)[None, :] & (v < V)[:, None]
+        return tl.load(x + k[None, :] * V + v[:, None], mask=mask, other=0.0)
+    else:
+        mask = (k < K)[:, None] & (v < V)[None, :]
+        return tl.load(x + k[:, None] * V + v[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _decays(g, first, length, REVERSE: tl.constexpr, GATE: tl.constexpr, H: tl.constexpr,
+            BLOCK_T: tl.constexpr):  # fmt: skip
+    """Of a tile: decays from its start `[C]`, to its end `[C]`, between tokens `[C, C]`; log total.
+
+    Between has a row for the later token of two, or, in REVERSE, for the earlier; zero elsewhere.
+    """
+    i = tl.arange(0, BLOCK_T)
+    if REVERSE:
+        is_pair = i[:, None] <= i[None, :]
+    else:
+        is_pair = i[:, None] >= i[None, :]
+    if GATE == 0:
+        each = tl.load(g)
+        count = tl.minimum(length - first, BLOCK_T)
+        from_start = each * (i + 1).to(tl.float32)
+        to_end = each * tl.maximum(count - 1 - i, 0).to(tl.float32)
+        total = each * count.to(tl.float32)
+        between = each * tl.abs(i[:, None] - i[None, :]).to(tl.float32)
+    else:
+        # In two parts: sixteenths, whose sums and differences are exact, and small rests. Else a
+        # mild decay after a strong one would be the rounding error of a difference of large sums.
+        each = tl.load(g + (first + i) * H, mask=first + i < length, other=0.0)
+        sixteenths = tl.floor(each * 16.0) * 0.0625
+        coarse, fine = tl.cumsum(sixteenths, 0), tl.cumsum(each - sixteenths, 0)
+        all_coarse, all_fine = tl.sum(sixteenths, 0), tl.sum(each - sixteenths, 0)
+        from_start = coarse + fine
+        to_end = tl.minimum((all_coarse - coarse) + (all_fine - fine), 0.0)
+        total = all_coarse + all_fine
+        between = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
+        if REVERSE:
+            between = -between
+    between = tl.exp(tl.where(is_pair, between, float("-inf")))
+    return tl.exp(from_start), tl.exp(to_end), between, total
+
+
+@triton.jit
+def _diagonal_logs(g, row, length, k, H: tl.constexpr, K: tl.constexpr):
+    """Running sums `[C, K]` of log decays in two parts (as in `_decays`), and their totals `[K]`."""
+    each = _load(g, row, length, k, H, K)
+    sixteenths = tl.floor(each * 16.0) * 0.0625
+    coarse, fine = tl.cumsum(sixteenths, 0), tl.cumsum(each - sixteenths, 0)
+    return coarse, fine, tl.sum(sixteenths, 0), tl.sum(each - sixteenths, 0)
+
+
+@triton.jit
+def _until(coarse, fine, all_coarse, all_fine):
+    """Decay from each token to the end of the tile."""
+    return tl.exp(tl.minimum((all_coarse[None, :] - coarse) + (all_fine[None, :] - fine), 0.0))
+
+
+@triton.jit
+def _to_token(coarse, fine, j, i, REVERSE: tl.constexpr):
+    """Decay between token j and each token of its tile, `[C, K]`; zero for pairs out of order."""
+    at = (i == j)[:, None]
+    log = coarse - tl.sum(tl.where(at, coarse, 0.0), 0)[None, :]
+    log += fine - tl.sum(tl.where(at, fine, 0.0), 0)[None, :]
+    if REVERSE:
+        return tl.exp(tl.where((i <= j)[:, None], -log, float("-inf")))
+    else:
+        return tl.exp(tl.where((i >= j)[:, None], log, float("-inf")))
+
+
+@triton.jit
+def _diagonal_scores(a, b, coarse, fine, REVERSE: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Scores `[C, C]` of rows of a and b under diagonal decays, one row of b after the other."""
+    i = tl.arange(0, BLOCK_T)
+    scores = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
+    for j in range(BLOCK_T):
+        b_j = tl.sum(tl.where((i == j)[:, None], b.to(tl.float32), 0.0), 0)
+        decay = _to_token(coarse, fine, j, i, REVERSE)
+        column = tl.sum(a.to(tl.float32) * b_j[None, :] * decay, 1)
+        scores = tl.where((i == j)[None, :], column[:, None], scores)
+    return scores
+
+
+@triton.jit
+def _diagonal_sum(scores, c, coarse, fine, REVERSE: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Sum over j of scores[i, j] c[j] under diagonal decays between i and j."""
+    i = tl.arange(0, BLOCK_T)
+    out = tl.zeros(c.shape, tl.float32)
+    for j in range(BLOCK_T):
+        c_j = tl.sum(tl.where((i == j)[:, None], c.to(tl.float32), 0.0), 0)
+        column = tl.sum(tl.where((i == j)[None, :], scores, 0.0), 1)
+        out += column[:, None] * c_j[None, :] * _to_token(coarse, fine, j, i, REVERSE)
+    return out
+
+
+@triton.jit
+def _walk(
+    a_THW, b_THW, c_THN, g, out_THN, other_THN, products, state_WN, start, length, h, w, n, scale,
+    GATE: tl.constexpr, REVERSE: tl.constexpr, KEYS_WIDE: tl.constexpr, BLOCK_T: tl.constexpr,
+    H: tl.constexpr, W: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """out = decayed a (state + b^T c over earlier tokens), times scale: any of o, dq, dk and dv.
+
+    o from (q, k, v) and dq from (dout, v, k) walk right; dk from (v, dout, q) and dv from
+    (k, q, dout) are REVERSE. The keys' dimension, which has the gates, is W or else N. If asked,
+    `products` gets out * other, summed over N unless gates are diagonal. Returns the state on the
+    other side of the chunk and the sum of the products.
+    """
+    i = tl.arange(0, BLOCK_T)
+    head = start * H + h
+    a_THW, b_THW = a_THW + head * W, b_THW + head * W
+    c_THN, out_THN = c_THN + head * N, out_THN + head * N
+    if GATE == 0:
+        g += h
+    elif GATE == 1:
+        g += head
+    elif KEYS_WIDE:
+        g += head * W
+    else:
+        g += head * N
+    balance = tl.zeros([n.shape[0] if GATE == 2 else 1], tl.float32)
+    tiles = tl.cdiv(length, BLOCK_T)
+    for step in range(tiles):
+        first = (tiles - 1 - step if REVERSE else step) * BLOCK_T
+        row = first + i
+        a_CW = _load(a_THW, row, length, w, H, W)
+        b_CW = _load(b_THW, row, length, w, H, W)
+        zero_CC = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
+        zero_CN = tl.zeros([BLOCK_T, n.shape[0]], tl.float32)
+        if GATE < 2:
+            starts, ends, between, total = _decays(g, first, length, REVERSE, GATE, H, BLOCK_T)
+            read, write = (ends, starts * scale) if REVERSE else (starts * scale, ends)
+            # Decays weigh products in fp32. Scores are rounded alike for dq and dk, so that their
+            # errors cancel in the gradient of the gate.
+            scores_CC = _dot(a_CW, tl.trans(b_CW), zero_CC) * (between * scale)
+            scores_CC = scores_CC.to(a_CW.dtype)
+            out_CN = _dot(a_CW, state_WN.to(a_CW.dtype), zero_CN) * read[:, None]
+            c_CN = _load(c_THN, row, length, n, H, N)
+            out_CN = _dot(scores_CC, c_CN, out_CN)
+            state_WN *= tl.exp(total)
+            c_CN = (c_CN * write[:, None]).to(c_CN.dtype)
+        else:
+            c_CN = _load(c_THN, row, length, n, H, N)
+            if KEYS_WIDE:
+                coarse, fine, all_coarse, all_fine = _diagonal_logs(g, row, length, w, H, W)
+            else:
+                coarse, fine, all_coarse, all_fine = _diagonal_logs(g, row, length, n, H, N)
+            starts = tl.exp(coarse + fine)
+            ends = _until(coarse, fine, all_coarse, all_fine)
+            read, write = (ends, starts * scale) if REVERSE else (starts * scale, ends)
+            total = tl.exp(all_coarse + all_fine)
+            if KEYS_WIDE:
+                scores_CC = _diagonal_scores(a_CW, b_CW, coarse, fine, REVERSE, BLOCK_T) * scale
+                out_CN = _dot((a_CW * read).to(a_CW.dtype), state_WN.to(a_CW.dtype), zero_CN)
+                out_CN = _dot(scores_CC.to(a_CW.dtype), c_CN, out_CN)
+                b_CW = (b_CW * write).to(b_CW.dtype)
+                state_WN *= total[:, None]
+            else:
+                scores_CC = _dot(a_CW, tl.trans(b_CW), zero_CC) * scale
+                out_CN = _dot(a_CW, state_WN.to(a_CW.dtype), zero_CN) * read
+                out_CN += _diagonal_sum(scores_CC, c_CN, coarse, fine, REVERSE, BLOCK_T)
+                c_CN = (c_CN * write).to(c_CN.dtype)
+                state_WN *= total[None, :]
+        _store(out_THN, out_CN, row, length, n, H, N)
+        if GATE > 0 and not KEYS_WIDE:
+            product_CN = out_CN * _load(other_THN + head * N, row, length, n, H, N)
+            if GATE == 1:
+                product_C = tl.sum(product_CN, 1)
+                tl.store(products + row * H, product_C, mask=row < length)
+                balance += tl.sum(product_C, 0)
+            else:
+                _store(products, product_CN, row, length, n, H, N)
+                balance += tl.sum(product_CN, 0)
+        state_WN = _dot(tl.trans(b_CW), c_CN, state_WN)
+    return state_WN, balance
+
+
+@triton.jit(do_not_specialize=["scale"])
+def decay_states(
+    k_THK,
+    v_THV,
+    g,
+    states_RHKV,
+    totals,
+    chunks,
+    scale,
+    GATE: tl.constexpr,
+    REVERSE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+):
+    """Each chunk's own state, from zero; REVERSE: the gradient of the state entering it."""
+    tiles_v: tl.constexpr = tl.cdiv(V, BLOCK_V)
+    parts: tl.constexpr = tl.cdiv(K, BLOCK_K) * tiles_v
+    # Tiles of one chunk are neighbours in time: they read the same tokens.
+    chunk = tl.program_id(0) // parts
+    part = tl.program_id(0) % parts
+    h = tl.program_id(1)
+    k = (part // tiles_v) * BLOCK_K + tl.arange(0, BLOCK_K)
+    v = (part % tiles_v) * BLOCK_V + tl.arange(0, BLOCK_V)
+    start = tl.load(chunks + chunk * 3)
+    length = tl.load(chunks + chunk * 3 + 1) - start
+    row = tl.load(chunks + chunk * 3 + 2).to(tl.int64) * H + h
+    head = start.to(tl.int64) * H + h
+    k_THK, v_THV = k_THK + head * K, v_THV + head * V
+    g += h if GATE == 0 else head if GATE == 1 else head * K
+    i = tl.arange(0, BLOCK_T)
+    state_KV = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+    log_decay = tl.zeros([BLOCK_K if GATE == 2 else 1], tl.float32)
+    tiles = tl.cdiv(length, BLOCK_T)
+    for step in range(tiles):
+        first = (tiles - 1 - step if REVERSE else step) * BLOCK_T
+        k_CK = _load(k_THK, first + i, length, k, H, K)
+        v_CV = _load(v_THV, first + i, length, v, H, V)
+        if GATE < 2:
+            starts, ends, _, total = _decays(g, first, length, REVERSE, GATE, H, BLOCK_T)
+            v_CV = (v_CV * (starts if REVERSE else ends)[:, None]).to(v_CV.dtype)
+            state_KV *= tl.exp(total)
+        else:
+            coarse, fine, all_coarse, all_fine = _diagonal_logs(g, first + i, length, k, H, K)
+            if REVERSE:
+                k_CK = (k_CK * tl.exp(coarse + fine)).to(k_CK.dtype)
+            else:
+                k_CK = (k_CK * _until(coarse, fine, all_coarse, all_fine)).to(k_CK.dtype)
+            total = all_coarse + all_fine
+            state_KV *= tl.exp(total)[:, None]
+        state_KV = _dot(tl.trans(k_CK), v_CV, state_KV)
+        log_decay += total
+    at = states_RHKV + row * (K * V) + k[:, None] * V + v[None, :]
+    tl.store(at, state_KV * scale, mask=(k < K)[:, None] & (v < V)[None, :])
+    # Programs of several tiles write the same totals.
+    if GATE == 1:
+        tl.store(totals + row + tl.arange(0, 1), log_decay)
+    if GATE == 2:
+        tl.store(totals + row * K + k, log_decay, mask=k < K)
+
+
+@triton.jit
+def _total_of(g, totals, row, length, h, H, k, K, mask, GATE: tl.constexpr):
+    if GATE == 0:
+        return tl.exp(tl.load(g + h) * length.to(tl.float32))
+    elif GATE == 1:
+        return tl.exp(tl.load(totals + row * H + h))
+    else:
+        return tl.exp(tl.load(totals + (row * H + h) * K + k, mask=mask, other=0.0))
+
+
+@triton.jit(do_not_specialize=["chunk_size"])
+def decay_scan(
+    states_RHKV,
+    totals,
+    g,
+    edge_NHKV,
+    starts_RHKV,
+    out_NHKV,
+    pieces,
+    chunk_size,
+    GATE: tl.constexpr,
+    REVERSE: tl.constexpr,
+    HAS_EDGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+):
+    """State entering every chunk and leaving the piece; REVERSE: the gradients, from the end."""
+    piece = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1).to(tl.int64)
+    e = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    mask = e < K * V
+    k = e // V
+    size = H * K * V
+    first = tl.load(pieces + piece * 2).to(tl.int64)
+    length = tl.load(pieces + piece * 2 + 1)
+    count = tl.cdiv(length, chunk_size)
+    at = h * K * V + e
+    carry = tl.zeros([BLOCK], tl.float32)
+    if HAS_EDGE:
+        carry = tl.load(edge_NHKV + piece * size + at, mask=mask, other=0.0)
+    # Four loads are in flight before the first is needed: the chain itself is only arithmetic.
+    for n in range(0, count, 4):
+        c0 = count - 1 - n if REVERSE else n
+        step = -1 if REVERSE else 1
+        c1, c2, c3 = c0 + step, c0 + 2 * step, c0 + 3 * step
+        m1, m2, m3 = mask & (n + 1 < count), mask & (n + 2 < count), mask & (n + 3 < count)
+        r0, r1, r2, r3 = first + c0, first + c1, first + c2, first + c3
+        x0 = tl.load(states_RHKV + r0 * size + at, mask=mask, other=0.0)
+        x1 = tl.load(states_RHKV + r1 * size + at, mask=m1, other=0.0)
+        x2 = tl.load(states_RHKV + r2 * size + at, mask=m2, other=0.0)
+        x3 = tl.load(states_RHKV + r3 * size + at, mask=m3, other=0.0)
+        # Rows past the last chunk are read nowhere: their decay is that of a chunk in range.
+        s1 = tl.where(n + 1 < count, r1, r0)
+        s2 = tl.where(n + 2 < count, r2, r0)
+        s3 = tl.where(n + 3 < count, r3, r0)
+        t0 = tl.minimum(tl.maximum(length - c0 * chunk_size, 0), chunk_size)
+        t1 = tl.minimum(tl.maximum(length - c1 * chunk_size, 0), chunk_size)
+        t2 = tl.minimum(tl.maximum(length - c2 * chunk_size, 0), chunk_size)
+        t3 = tl.minimum(tl.maximum(length - c3 * chunk_size, 0), chunk_size)
+        a0 = _total_of(g, totals, r0, t0, h, H, k, K, mask, GATE)
+        a1 = tl.where(m1, _total_of(g, totals, s1, t1, h, H, k, K, mask, GATE), 1.0)
+        a2 = tl.where(m2, _total_of(g, totals, s2, t2, h, H, k, K, mask, GATE), 1.0)
+        a3 = tl.where(m3, _total_of(g, totals, s3, t3, h, H, k, K, mask, GATE), 1.0)
+        y1 = a0 * carry + x0
+        y2 = a1 * y1 + x1
+        y3 = a2 * y2 + x2
+        tl.store(starts_RHKV + r0 * size + at, carry.to(starts_RHKV.dtype.element_ty), mask=mask)
+        tl.store(starts_RHKV + r1 * size + at, y1.to(starts_RHKV.dtype.element_ty), mask=m1)
+        tl.store(starts_RHKV + r2 * size + at, y2.to(starts_RHKV.dtype.element_ty), mask=m2)
+        tl.store(starts_RHKV + r3 * size + at, y3.to(starts_RHKV.dtype.element_ty), mask=m3)
+        carry = a3 * y3 + x3
+    tl.store(out_NHKV + piece * size + at, carry, mask=mask)
+
+
+@triton.jit(do_not_specialize=["scale"])
+def decay_outputs(
+    q_THK,
+    k_THK,
+    v_THV,
+    g,
+    starts_RHKV,
+    out_THV,
+    chunks,
+    scale,
+    GATE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    WHOLE_K: tl.constexpr,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+):
+    """Outputs of a chunk: what its tokens read from the running state and from their tile."""
+    parts: tl.constexpr = tl.cdiv(V, BLOCK_V)
+    chunk = tl.program_id(0) // parts
+    h = tl.program_id(1)
+    start = tl.load(chunks + chunk * 3)
+    length = tl.load(chunks + chunk * 3 + 1) - start
+    row = tl.load(chunks + chunk * 3 + 2).to(tl.int64) * H + h
+    k = tl.arange(0, WHOLE_K)
+    v = (tl.program_id(0) % parts) * BLOCK_V + tl.arange(0, BLOCK_V)
+    state_KV = _load_state(starts_RHKV + row * (K * V), k, v, K, V, False).to(tl.float32)
+    _walk(
+        q_THK, k_THK, v_THV, g, out_THV, None, None, state_KV, start.to(tl.int64), length, h,
+        k, v, scale, GATE, False, True, BLOCK_T, H, K, V,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["scale", "T", "count"])
+def decay_gradients(
+    q_THK,
+    k_THK,
+    v_THV,
+    g,
+    dout_THV,
+    starts_RHKV,
+    ends_RHKV,
+    dq_THK,
+    dk_THK,
+    dv_THV,
+    qdq,
+    kdk,
+    leaving,
+    entering,
+    chunks,
+    T,
+    count,
+    scale,
+    GATE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    WHOLE_K: tl.constexpr,
+    WHOLE_V: tl.constexpr,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+):
+    """Gradients of a chunk: a program makes BLOCK_K columns of dq or of dk, or BLOCK_V of dv.
+
+    `leaving` and `entering` get the gate's gradient summed over this chunk's tokens and those after
+    it or over those after it, from dq and from dk: equal but for rounding.
+    """
+    tiles_k: tl.constexpr = tl.cdiv(K, BLOCK_K)
+    parts: tl.constexpr = 2 * tiles_k + tl.cdiv(V, BLOCK_V)
+    chunk = tl.program_id(0) // parts
+    part = tl.program_id(0) % parts
+    h = tl.program_id(1)
+    start = tl.load(chunks + chunk * 3).to(tl.int64)
+    length = tl.load(chunks + chunk * 3 + 1) - tl.load(chunks + chunk * 3)
+    row = tl.load(chunks + chunk * 3 + 2).to(tl.int64) * H + h
+    starts_RHKV, ends_RHKV = starts_RHKV + row * (K * V), ends_RHKV + row * (K * V)
+    if part < 2 * tiles_k:
+        tile = part % tiles_k
+        k_N = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+        v_W = tl.arange(0, WHOLE_V)
+        if GATE == 1:
+            at = (tile.to(tl.int64) * T + start) * H + h
+            qdq, kdk = qdq + at, kdk + at
+        if GATE == 2:
+            qdq, kdk = qdq + (start * H + h) * K, kdk + (start * H + h) * K
+        if part < tiles_k:
+            state_VK = _load_state(starts_RHKV, k_N, v_W, K, V, True).to(tl.float32)
+            state_VK, balance = _walk(
+                dout_THV, v_THV, k_THK, g, dq_THK, q_THK, qdq, state_VK, start, length, h,
+                v_W, k_N, scale, GATE, False, False, BLOCK_T, H, V, K,
+            )  # fmt: skip
+            _store_balance(leaving, balance, state_VK, ends_RHKV, chunk, tile, count, h, v_W, k_N,
+                           GATE, H, K, V)  # fmt: skip
+        else:
+            state_VK = _load_state(ends_RHKV, k_N, v_W, K, V, True).to(tl.float32)
+            state_VK, balance = _walk(
+                v_THV, dout_THV, q_THK, g, dk_THK, k_THK, kdk, state_VK, start, length, h,
+                v_W, k_N, scale, GATE, True, False, BLOCK_T, H, V, K,
+            )  # fmt: skip
+            _store_balance(entering, balance, state_VK, starts_RHKV, chunk, tile, count, h, v_W,
+                           k_N, GATE, H, K, V)  # fmt: skip
+    else:
+        k_W = tl.arange(0, WHOLE_K)
+        v_N = (part - 2 * tiles_k) * BLOCK_V + tl.arange(0, BLOCK_V)
+        state_KV = _load_state(ends_RHKV, k_W, v_N, K, V, False).to(tl.float32)
+        _walk(
+            k_THK, q_THK, dout_THV, g, dv_THV, None, None, state_KV, start, length, h,
+            k_W, v_N, scale, GATE, True, True, BLOCK_T, H, K, V,
+        )  # fmt: skip
+
+
+@triton.jit
+def _store_balance(
+    x, balance, state_VK, facing, chunk, tile, count, h, v, k,
+    GATE: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    """Stores the sum of products and of what the state at the chunk's edge makes of the other's."""
+    if GATE > 0:
+        product_VK = state_VK * _load_state(facing, k, v, K, V, True)
+        if GATE == 1:
+            at = x + (tile * count + chunk) * H + h + tl.arange(0, 1)
+            tl.store(at, balance + tl.sum(tl.sum(product_VK, 0), 0))
+        else:
+            at = x + (chunk.to(tl.int64) * H + h) * K + k
+            tl.store(at, balance + tl.sum(product_VK, 0), mask=k < K)

@@ -1,0 +1,170 @@
+"""Decay kernels in Triton's interpreter, against the recurrence in fp64."""
+
+import os
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    raise RuntimeError("set TRITON_INTERPRET=1 before Python starts: these tests interpret kernels")
+
+from longctx_kernels import decay_triton as kernels
+from longctx_kernels import launch as launching
+
+from tests.tolerances import RMS_ERROR, assert_close
+
+H, SCALE = 2, 0.3
+PACKED = (0, 1, 64, 128, 131, 200)
+GATES = ("constant", "none", "strong", "scalar", "diagonal", "strong scalar", "strong diagonal")
+NAMES = ("out", "final", "dq", "dk", "dv", "dinitial", "dg")
+FP16 = RMS_ERROR.get("fp16", 1e-3)
+
+
+def recurrence(q, k, v, g, cuts, initial):
+    """Output and final states, token by token in fp64."""
+    T, _, K = q.shape
+    g_THK = (g[None, :, None] if g.dim() == 1 else g if g.dim() == 3 else g[..., None]).expand(
+        T, H, K
+    )
+    outputs, finals = [], []
+    for piece, (start, stop) in enumerate(zip(cuts, cuts[1:])):
+        state = initial[piece]
+        for t in range(start, stop):
+            state = g_THK[t].exp()[..., None] * state + k[t, :, :, None] * v[t, :, None, :]
+            outputs.append(SCALE * (q[t, :, :, None] * state).sum(1))
+        finals.append(state)
+    return torch.stack(outputs), torch.stack(finals)
+
+
+def gate(kind: str, T: int, K: int) -> torch.Tensor:
+    if kind in ("constant", "none", "strong"):
+        return {
+            "constant": torch.tensor([-0.02, -0.7]),
+            "none": torch.zeros(H),
+            "strong": torch.tensor([-50.0, 0.0]),
+        }[kind]
+    shape = (T, H, K) if kind.endswith("diagonal") else (T, H)
+    mild = -torch.rand(shape) * torch.rand(shape)
+    return mild.masked_fill(torch.rand(shape) < 0.3, -50.0) if "strong" in kind else mild
+
+
+def case(kind, cuts, K, V, dtype=torch.float32):
+    torch.manual_seed(len(kind) + cuts[-1] + K)
+    T, N = cuts[-1], len(cuts) - 1
+    shapes = ((T, H, K), (T, H, K), (T, H, V), (T, H, V))
+    q, k, v, dout = (torch.randn(s).to(dtype) for s in shapes)
+    initial, dfinal = torch.randn(2, N, H, K, V)
+    return q, k, v, gate(kind, T, K), initial, dout, dfinal
+
+
+def expected_of(tensors, cuts):
+    q, k, v, g, initial, dout, dfinal = tensors
+    leaves = [x.double().requires_grad_() for x in (q, k, v, initial, g)]
+    q, k, v, initial, g = leaves
+    out, final = recurrence(q, k, v, g, cuts, initial)
+    grads = torch.autograd.grad((out, final), leaves, (dout.double(), dfinal.double()))
+    return out.detach(), final.detach(), *grads
+
+
+def actual_of(tensors, cuts):
+    q, k, v, g, initial, dout, dfinal = tensors
+    starts, final = kernels.state_pass(k, v, g, cuts, initial)
+    out, saved = kernels.output_pass(q, k, v, g, SCALE, cuts, starts)
+    ends, dinitial = kernels.dstate_pass(q, dout, g, SCALE, cuts, dfinal)
+    dq, dk, dv, dG = kernels.gradient_pass(q, k, v, g, SCALE, cuts, dout, saved, ends)
+    if dG is None:
+        return out, final, dq, dk, dv, dinitial
+    last = torch.tensor(cuts[1:]) - 1
+    product = (final * dfinal).sum(3)
+    dG[last] += product.sum(2) if g.dim() == 2 else product
+    dg = torch.cat([x.flip(0).cumsum(0).flip(0) for x in dG.split(lengths(cuts))])
+    return out, final, dq, dk, dv, dinitial, dg
+
+
+def lengths(cuts):
+    return [b - a for a, b in zip(cuts, cuts[1:])]
+
+
+def check(kind, cuts, K, V):
+    tensors = case(kind, cuts, K, V)
+    results = actual_of(tensors, cuts)
+    for name, a, e in zip(NAMES, results, expected_of(tensors, cuts)):
+        assert_close(a, e, "fp32", f"{kind} {name}")
+
+
+@pytest.mark.parametrize("kind", GATES)
+def test_packed_pieces_equal_the_recurrence(kind):
+    check(kind, PACKED, 20, 33)
+
+
+@pytest.mark.parametrize("kind", ["constant", "scalar", "diagonal"])
+@pytest.mark.parametrize("T", [1, 63, 100, 200])
+def test_lengths_equal_the_recurrence(kind, T):
+    check(kind, (0, T), 16, 16)
+
+
+@pytest.mark.parametrize("kind", ["constant", "scalar", "diagonal"])
+def test_two_tiles_of_k_and_v_equal_the_recurrence(kind):
+    check(kind, (0, 70, 133), 32, 32)
+
+
+@pytest.mark.parametrize("kind", ["constant", "scalar", "diagonal"])
+def test_half_precision_equals_the_recurrence(kind):
+    tensors = case(kind, (0, 30, 130), 32, 32, torch.float16)
+    results = actual_of(tensors, (0, 30, 130))
+    assert results[1].dtype == results[5].dtype == torch.float32
+    for name, a, e in zip(NAMES, results, expected_of(tensors, (0, 30, 130))):
+        error = a.double() - e
+        relative = float(error.square().mean().sqrt() / e.square().mean().sqrt())
+        assert relative <= FP16, f"{name}: {relative:.1e}"
+
+
+@pytest.mark.parametrize("kind", ["constant", "scalar", "diagonal"])
+def test_result_does_not_depend_on_the_chunk_size(kind, monkeypatch):
+    tensors = case(kind, PACKED, 16, 16)
+    results = actual_of(tensors, PACKED)
+    monkeypatch.setattr(kernels, "chunk_size", lambda *_: 128)
+    for name, a, e in zip(NAMES, actual_of(tensors, PACKED), results):
+        bound = 1e-6 * max(1.0, float(e.abs().max()))
+        assert float((a - e).abs().max()) <= bound, name
+
+
+def test_gradient_of_the_state_is_zero_without_its_cotangent():
+    q, k, v, g, _, dout, dfinal = case("constant", PACKED, 16, 16)
+    zero = torch.zeros_like(dfinal)
+    for a, b in (
+        (kernels.state_pass(k, v, g, PACKED), kernels.state_pass(k, v, g, PACKED, zero)),
+        (
+            kernels.dstate_pass(q, dout, g, SCALE, PACKED),
+            kernels.dstate_pass(q, dout, g, SCALE, PACKED, zero),
+        ),
+    ):
+        assert torch.equal(a[1], b[1])
+
+
+@pytest.mark.parametrize("D", [64, 128, 256])
+def test_long_sequences_are_recorded_in_six_launches(D):
+    T, heads = 131072, 16
+    q, k, v, dout = (
+        torch.empty(T, heads, D, device="meta", dtype=torch.bfloat16) for _ in range(4)
+    )
+    g = torch.empty(heads, device="meta")
+    with launching.recording("sm_90") as launches:
+        starts, _ = kernels.state_pass(k, v, g, (0, T))
+        _, saved = kernels.output_pass(q, k, v, g, SCALE, (0, T), starts)
+        ends, _ = kernels.dstate_pass(q, dout, g, SCALE, (0, T))
+        kernels.gradient_pass(q, k, v, g, SCALE, (0, T), dout, saved, ends)
+    assert starts.dtype == torch.bfloat16
+    assert len(launches) == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"g": torch.zeros(3)}, "g must be"), ({"cuts": (0, 9)}, "cuts"), ({"v": 5}, "v must be")],
+)
+def test_bad_arguments_are_refused(change, message):
+    _, k, v, g, *_ = case("constant", (0, 10), 16, 16)
+    arguments = {"g": g, "cuts": (0, 10)} | {n: x for n, x in change.items() if n != "v"}
+    v = v[: change.get("v", 10)]
+    with pytest.raises(ValueError, match=message):
+        kernels.state_pass(k, v, arguments["g"], arguments["cuts"])

@@ -1,0 +1,63 @@
+"""Needs TRITON_INTERPRET=1 before Python starts."""
+
+import pytest
+import torch
+from longctx_kernels import launch as launching
+from longctx_kernels import lifetime_attention as op
+from longctx_kernels.blocklist import flash_blocklist
+from longctx_kernels.lifetime_attention import NORMALISERS, flash_lifetime
+
+from tests.kernels.test_lifetime_attention import (
+    CASES,
+    SIGHTS,
+    assert_equal_to_definition,
+    operands,
+)
+
+assert launching.is_interpreted(), "run with TRITON_INTERPRET=1"
+
+
+@CASES
+def test_kernels_equal_the_definition(normaliser, sight, group, sizes, biased):
+    sight = SIGHTS[sight](2)
+    tensors = operands(sight, group, sizes, biased, torch.float32)
+    assert_equal_to_definition(tensors, sight, normaliser, "fp32")
+
+
+@pytest.mark.parametrize("normaliser", NORMALISERS)
+@pytest.mark.parametrize("sight", ["window 40, 5 sinks", "blind", "listed by head"])
+def test_half_precision(normaliser, sight):
+    sight = SIGHTS[sight](2)
+    tensors = operands(sight, 2, (20, 28), False, torch.float16)
+    assert_equal_to_definition(tensors, sight, normaliser, "fp16")
+
+
+def test_public_ops_launch_kernels_and_equal_torch():
+    generator = torch.Generator().manual_seed(4)
+    q, k, v = (
+        torch.randn(2, 50, h, 16, generator=generator, requires_grad=True) for h in (4, 2, 2)
+    )
+    blocks = torch.tensor([[[0, -1], [0, 1], [2, 1], [3, 0], [4, 3], [-1, -1], [6, 5]]])
+    for call in (flash_lifetime, lambda *x, **y: flash_blocklist(*x, blocks, 16, **y)):
+        results = {}
+        for backend in ("triton", "torch"):
+            out, lse = call(q, k, v, backend=backend)
+            lse = lse.masked_fill(lse == -torch.inf, 0.0)
+            results[backend] = out, *torch.autograd.grad(out.square().sum() + lse.sum(), (q, k, v))
+        for a, e in zip(results["triton"], results["torch"], strict=True):
+            assert float((a - e).abs().max()) <= 1e-5 * max(1.0, float(e.abs().max()))
+
+
+@pytest.mark.parametrize("evicts", [False, True])
+def test_meta_tensors_are_recorded(evicts):
+    T = 131072
+    shapes = ((T, 16, 128), (T, 4, 128), (T, 4, 128))
+    q, k, v = (torch.empty(s, dtype=torch.bfloat16, device="meta") for s in shapes)
+    positions = torch.empty(T, dtype=torch.int32, device="meta")
+    expiry = torch.empty((4, T) if evicts else T, dtype=torch.int32, device="meta")
+    sight, score = op.Sight(positions, positions, expiry), op.Score(0.1)
+    with launching.recording("sm_90") as launches:
+        out, lse = op.lifetime_forward(q, k, v, sight, score)
+        grads = op.lifetime_backward(out, lse, (q, k, v), (out, lse), sight, score)
+    assert [x.kernel.__name__.split("_")[1] for x in launches] == ["forward", "delta", "dq", "dkdv"]
+    assert grads.dk_UJK.shape == k.shape
