@@ -7,7 +7,6 @@ spilled bytes, shared memory and the instructions that matter are read from it.
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
@@ -37,12 +36,14 @@ _TYPES = {
     torch.uint8: "*u8",
 }
 _COUNTED = {
-    "wgmma": "HGMMA",
-    "mma": "HMMA",
-    "tcgen05": "UTC",
-    "cp_async": "LDGSTS",
-    "tma": "UTMALDG",
+    "wgmma": r"wgmma\.mma_async",
+    "mma": r"\bmma\.sync",
+    "tcgen05": r"tcgen05\.mma",
+    "cp_async": r"cp\.async\.c[ag]",
+    "tma": r"cp\.async\.bulk\.tensor",
 }
+"""Instructions in PTX; disassembly shows the same, but takes longer than compilation."""
+
 SHARED_LIMITS = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 """Most bytes of shared memory that one block can have."""
 PROCESSES = 2
@@ -125,21 +126,11 @@ def _read_cuda(built: Any) -> tuple[int, int, dict[str, int]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
-        usage, code = (_cuobjdump(option, file.name) for option in ("-res-usage", "-sass"))
+        command = [str(_TOOLS / "cuobjdump"), "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = (int(re.search(rf"{n}:(\d+)", usage)[1]) for n in ("REG", "STACK"))
-    counts = {name: len(re.findall(rf"\b{op}", code)) for name, op in _COUNTED.items()}
+    counts = {name: len(re.findall(code, built.asm["ptx"])) for name, code in _COUNTED.items()}
     return registers, stack, {name: count for name, count in counts.items() if count}
-
-
-def _cuobjdump(option: str, path: str) -> str:
-    path_of_tools = os.pathsep.join((str(_TOOLS), os.environ.get("PATH", "")))
-    return subprocess.run(
-        [str(_TOOLS / "cuobjdump"), option, path],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"PATH": path_of_tools},
-    ).stdout
 
 
 def _read_hip(built: Any) -> tuple[int, int, dict[str, int]]:
@@ -172,8 +163,13 @@ class Result:
 def compile_specimens(chosen: Sequence[tuple[str, int]], processes: int) -> list[Result]:
     """Machine code of (architecture, index in `specimens(architecture)`), in several processes."""
     # Forked children of a process in which torch has threads may hang.
+    results = []
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        return list(pool.map(_compile_specimen, *zip(*chosen), chunksize=4))
+        for result in pool.map(_compile_specimen, *zip(*chosen), chunksize=4):
+            results.append(result)
+            if len(results) % 100 == 0:
+                print(f"{len(results)} of {len(chosen)}", file=sys.stderr, flush=True)
+    return results
 
 
 def _compile_specimen(architecture: str, index: int) -> Result:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from longctx_kernels.lifetime_attention import _apply, _public_sight
+from longctx_kernels.lifetime_attention import attend, sight_of
 
 
 def flash_blocklist(
@@ -27,10 +27,9 @@ def flash_blocklist(
     in any order, by key head if it has J rows; -1 is no block, and a block counts once.
     """
     _check_blocks(q, k, blocks, block_size)
-    sight = _public_sight(
-        q, k, v, expiry, query_positions, key_positions, blocks.to(torch.int32), block_size
-    )
-    return _apply(q, k, v, sight, key_bias, query_bias, normaliser, scale, backend)
+    lifetimes = expiry, query_positions, key_positions
+    sight = sight_of((q, k, v), lifetimes, blocks.to(torch.int32), block_size)
+    return attend((q, k, v), sight, (key_bias, query_bias), normaliser, scale, backend)
 
 
 def _check_blocks(q: Tensor, k: Tensor, blocks: Tensor, block_size: int) -> None:

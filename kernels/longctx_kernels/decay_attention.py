@@ -100,6 +100,9 @@ def _check(q, k, v, initial_state, cu_seqlens) -> None:
         raise ValueError(f"k and v must have q's dtype {q.dtype}, got {k.dtype} and {v.dtype}")
     if q.shape[1] < 1:
         raise ValueError(f"q must hold at least one token, got T = {q.shape[1]}")
+    if cu_seqlens is not None and (cu_seqlens.ndim != 1 or cu_seqlens.dtype.is_floating_point):
+        got = f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+        raise ValueError(f"cu_seqlens must be a vector of ints, got {got}")
     if cu_seqlens is not None and cu_seqlens.device.type != "cpu":
         raise ValueError(
             "cu_seqlens must be on the CPU: reading it from the device would wait for it; "

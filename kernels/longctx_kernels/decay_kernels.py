@@ -54,24 +54,28 @@ def _load_state(x, k, v, K: tl.constexpr, V: tl.constexpr, TRANSPOSED: tl.conste
 
 
 @triton.jit
-def _decays(g, first, length, REVERSE: tl.constexpr, GATE: tl.constexpr, H: tl.constexpr,
-            BLOCK_T: tl.constexpr):  # fmt: skip
-    """Of a tile: decays from its start `[C]`, to its end `[C]`, between tokens `[C, C]`; log total.
+def _gate_of(g, head, h, K: tl.constexpr, GATE: tl.constexpr):
+    """A constant gate itself, loaded once; else where the chunk's first one is."""
+    if GATE == 0:
+        return tl.load(g + h)
+    elif GATE == 1:
+        return g + head
+    else:
+        return g + head * K
 
-    Between has a row for the later token of two, or, in REVERSE, for the earlier; zero elsewhere.
+
+@triton.jit
+def _tile_logs(g, first, length, GATE: tl.constexpr, H: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Log decays of a tile: from its start `[C]` in two parts, to its end `[C]`, and in all.
+
+    g is a constant gate itself, or points at the chunk's first one.
     """
     i = tl.arange(0, BLOCK_T)
-    if REVERSE:
-        is_pair = i[:, None] <= i[None, :]
-    else:
-        is_pair = i[:, None] >= i[None, :]
     if GATE == 0:
-        each = tl.load(g)
         count = tl.minimum(length - first, BLOCK_T)
-        from_start = each * (i + 1).to(tl.float32)
-        to_end = each * tl.maximum(count - 1 - i, 0).to(tl.float32)
-        total = each * count.to(tl.float32)
-        between = each * tl.abs(i[:, None] - i[None, :]).to(tl.float32)
+        from_start = g * (i + 1).to(tl.float32)
+        to_end = g * tl.maximum(count - 1 - i, 0).to(tl.float32)
+        return from_start, from_start * 0.0, to_end, g * count.to(tl.float32)
     else:
         # In two parts: sixteenths, whose sums and differences are exact, and small rests. Else a
         # mild decay after a strong one would be the rounding error of a difference of large sums.
@@ -79,29 +83,33 @@ def _decays(g, first, length, REVERSE: tl.constexpr, GATE: tl.constexpr, H: tl.c
         sixteenths = tl.floor(each * 16.0) * 0.0625
         coarse, fine = tl.cumsum(sixteenths, 0), tl.cumsum(each - sixteenths, 0)
         all_coarse, all_fine = tl.sum(sixteenths, 0), tl.sum(each - sixteenths, 0)
-        from_start = coarse + fine
         to_end = tl.minimum((all_coarse - coarse) + (all_fine - fine), 0.0)
-        total = all_coarse + all_fine
-        between = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
-        if REVERSE:
-            between = -between
-    between = tl.exp(tl.where(is_pair, between, float("-inf")))
-    return tl.exp(from_start), tl.exp(to_end), between, total
+        return coarse, fine, to_end, all_coarse + all_fine
+
+
+@triton.jit
+def _between(g, coarse, fine, GATE: tl.constexpr, REVERSE: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Decay between tokens of a tile: a row for the later of two, or, in REVERSE, the earlier."""
+    i = tl.arange(0, BLOCK_T)
+    if GATE == 0:
+        log = g * (i[:, None] - i[None, :]).to(tl.float32)
+    else:
+        log = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
+    if REVERSE:
+        return tl.exp(tl.where(i[:, None] <= i[None, :], -log, float("-inf")))
+    else:
+        return tl.exp(tl.where(i[:, None] >= i[None, :], log, float("-inf")))
 
 
 @triton.jit
 def _diagonal_logs(g, row, length, k, H: tl.constexpr, K: tl.constexpr):
-    """Running sums `[C, K]` of log decays in two parts (as in `_decays`), and their totals `[K]`."""
+    """The same under diagonal gates, `[C, K]` and in all `[K]`."""
     each = _load(g, row, length, k, H, K)
     sixteenths = tl.floor(each * 16.0) * 0.0625
     coarse, fine = tl.cumsum(sixteenths, 0), tl.cumsum(each - sixteenths, 0)
-    return coarse, fine, tl.sum(sixteenths, 0), tl.sum(each - sixteenths, 0)
-
-
-@triton.jit
-def _until(coarse, fine, all_coarse, all_fine):
-    """Decay from each token to the end of the tile."""
-    return tl.exp(tl.minimum((all_coarse[None, :] - coarse) + (all_fine[None, :] - fine), 0.0))
+    all_coarse, all_fine = tl.sum(sixteenths, 0), tl.sum(each - sixteenths, 0)
+    to_end = tl.minimum((all_coarse[None, :] - coarse) + (all_fine[None, :] - fine), 0.0)
+    return coarse, fine, to_end, all_coarse + all_fine
 
 
 @triton.jit
@@ -158,14 +166,7 @@ def _walk(
     head = start * H + h
     a_THW, b_THW = a_THW + head * W, b_THW + head * W
     c_THN, out_THN = c_THN + head * N, out_THN + head * N
-    if GATE == 0:
-        g += h
-    elif GATE == 1:
-        g += head
-    elif KEYS_WIDE:
-        g += head * W
-    else:
-        g += head * N
+    g = _gate_of(g, head, h, W if KEYS_WIDE else N, GATE)
     balance = tl.zeros([n.shape[0] if GATE == 2 else 1], tl.float32)
     tiles = tl.cdiv(length, BLOCK_T)
     for step in range(tiles):
@@ -176,39 +177,40 @@ def _walk(
         zero_CC = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
         zero_CN = tl.zeros([BLOCK_T, n.shape[0]], tl.float32)
         if GATE < 2:
-            starts, ends, between, total = _decays(g, first, length, REVERSE, GATE, H, BLOCK_T)
-            read, write = (ends, starts * scale) if REVERSE else (starts * scale, ends)
             # Decays weigh products in fp32. Scores are rounded alike for dq and dk, so that their
             # errors cancel in the gradient of the gate.
-            scores_CC = _dot(a_CW, tl.trans(b_CW), zero_CC) * (between * scale)
+            out_CN = _dot(a_CW, state_WN.to(a_CW.dtype), zero_CN)
+            scores_CC = _dot(a_CW, tl.trans(b_CW), zero_CC)
+            coarse, fine, to_end, total = _tile_logs(g, first, length, GATE, H, BLOCK_T)
+            scores_CC *= _between(g, coarse, fine, GATE, REVERSE, BLOCK_T) * scale
             scores_CC = scores_CC.to(a_CW.dtype)
-            out_CN = _dot(a_CW, state_WN.to(a_CW.dtype), zero_CN) * read[:, None]
+            starts, ends = tl.exp(coarse + fine), tl.exp(to_end)
+            read, write = (ends, starts * scale) if REVERSE else (starts * scale, ends)
             c_CN = _load(c_THN, row, length, n, H, N)
-            out_CN = _dot(scores_CC, c_CN, out_CN)
+            out_CN = _dot(scores_CC, c_CN, out_CN * read[:, None])
             state_WN *= tl.exp(total)
             c_CN = (c_CN * write[:, None]).to(c_CN.dtype)
         else:
             c_CN = _load(c_THN, row, length, n, H, N)
             if KEYS_WIDE:
-                coarse, fine, all_coarse, all_fine = _diagonal_logs(g, row, length, w, H, W)
+                coarse, fine, to_end, total = _diagonal_logs(g, row, length, w, H, W)
             else:
-                coarse, fine, all_coarse, all_fine = _diagonal_logs(g, row, length, n, H, N)
-            starts = tl.exp(coarse + fine)
-            ends = _until(coarse, fine, all_coarse, all_fine)
+                coarse, fine, to_end, total = _diagonal_logs(g, row, length, n, H, N)
+            starts, ends = tl.exp(coarse + fine), tl.exp(to_end)
             read, write = (ends, starts * scale) if REVERSE else (starts * scale, ends)
-            total = tl.exp(all_coarse + all_fine)
+            decay = tl.exp(total)
             if KEYS_WIDE:
                 scores_CC = _diagonal_scores(a_CW, b_CW, coarse, fine, REVERSE, BLOCK_T) * scale
                 out_CN = _dot((a_CW * read).to(a_CW.dtype), state_WN.to(a_CW.dtype), zero_CN)
                 out_CN = _dot(scores_CC.to(a_CW.dtype), c_CN, out_CN)
                 b_CW = (b_CW * write).to(b_CW.dtype)
-                state_WN *= total[:, None]
+                state_WN *= decay[:, None]
             else:
                 scores_CC = _dot(a_CW, tl.trans(b_CW), zero_CC) * scale
                 out_CN = _dot(a_CW, state_WN.to(a_CW.dtype), zero_CN) * read
                 out_CN += _diagonal_sum(scores_CC, c_CN, coarse, fine, REVERSE, BLOCK_T)
                 c_CN = (c_CN * write).to(c_CN.dtype)
-                state_WN *= total[None, :]
+                state_WN *= decay[None, :]
         _store(out_THN, out_CN, row, length, n, H, N)
         if GATE > 0 and not KEYS_WIDE:
             product_CN = out_CN * _load(other_THN + head * N, row, length, n, H, N)
@@ -255,7 +257,7 @@ def decay_states(
     row = tl.load(chunks + chunk * 3 + 2).to(tl.int64) * H + h
     head = start.to(tl.int64) * H + h
     k_THK, v_THV = k_THK + head * K, v_THV + head * V
-    g += h if GATE == 0 else head if GATE == 1 else head * K
+    g = _gate_of(g, head, h, K, GATE)
     i = tl.arange(0, BLOCK_T)
     state_KV = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     log_decay = tl.zeros([BLOCK_K if GATE == 2 else 1], tl.float32)
@@ -265,16 +267,14 @@ def decay_states(
         k_CK = _load(k_THK, first + i, length, k, H, K)
         v_CV = _load(v_THV, first + i, length, v, H, V)
         if GATE < 2:
-            starts, ends, _, total = _decays(g, first, length, REVERSE, GATE, H, BLOCK_T)
-            v_CV = (v_CV * (starts if REVERSE else ends)[:, None]).to(v_CV.dtype)
+            coarse, fine, to_end, total = _tile_logs(g, first, length, GATE, H, BLOCK_T)
+            weight = tl.exp(coarse + fine if REVERSE else to_end)
+            v_CV = (v_CV * weight[:, None]).to(v_CV.dtype)
             state_KV *= tl.exp(total)
         else:
-            coarse, fine, all_coarse, all_fine = _diagonal_logs(g, first + i, length, k, H, K)
-            if REVERSE:
-                k_CK = (k_CK * tl.exp(coarse + fine)).to(k_CK.dtype)
-            else:
-                k_CK = (k_CK * _until(coarse, fine, all_coarse, all_fine)).to(k_CK.dtype)
-            total = all_coarse + all_fine
+            coarse, fine, to_end, total = _diagonal_logs(g, first + i, length, k, H, K)
+            weight = tl.exp(coarse + fine if REVERSE else to_end)
+            k_CK = (k_CK * weight).to(k_CK.dtype)
             state_KV *= tl.exp(total)[:, None]
         state_KV = _dot(tl.trans(k_CK), v_CV, state_KV)
         log_decay += total
@@ -441,32 +441,32 @@ def decay_gradients(
     length = tl.load(chunks + chunk * 3 + 1) - tl.load(chunks + chunk * 3)
     row = tl.load(chunks + chunk * 3 + 2).to(tl.int64) * H + h
     starts_RHKV, ends_RHKV = starts_RHKV + row * (K * V), ends_RHKV + row * (K * V)
-    if part < 2 * tiles_k:
-        tile = part % tiles_k
-        k_N = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-        v_W = tl.arange(0, WHOLE_V)
-        if GATE == 1:
-            at = (tile.to(tl.int64) * T + start) * H + h
-            qdq, kdk = qdq + at, kdk + at
-        if GATE == 2:
-            qdq, kdk = qdq + (start * H + h) * K, kdk + (start * H + h) * K
-        if part < tiles_k:
-            state_VK = _load_state(starts_RHKV, k_N, v_W, K, V, True).to(tl.float32)
-            state_VK, balance = _walk(
-                dout_THV, v_THV, k_THK, g, dq_THK, q_THK, qdq, state_VK, start, length, h,
-                v_W, k_N, scale, GATE, False, False, BLOCK_T, H, V, K,
-            )  # fmt: skip
-            _store_balance(leaving, balance, state_VK, ends_RHKV, chunk, tile, count, h, v_W, k_N,
-                           GATE, H, K, V)  # fmt: skip
-        else:
-            state_VK = _load_state(ends_RHKV, k_N, v_W, K, V, True).to(tl.float32)
-            state_VK, balance = _walk(
-                v_THV, dout_THV, q_THK, g, dk_THK, k_THK, kdk, state_VK, start, length, h,
-                v_W, k_N, scale, GATE, True, False, BLOCK_T, H, V, K,
-            )  # fmt: skip
-            _store_balance(entering, balance, state_VK, starts_RHKV, chunk, tile, count, h, v_W,
-                           k_N, GATE, H, K, V)  # fmt: skip
-    else:
+    tile = part % tiles_k
+    k_N = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    v_W = tl.arange(0, WHOLE_V)
+    if GATE == 1:
+        at = (tile.to(tl.int64) * T + start) * H + h
+        qdq, kdk = qdq + at, kdk + at
+    if GATE == 2:
+        qdq, kdk = qdq + (start * H + h) * K, kdk + (start * H + h) * K
+    # Not a chain of else: shared memory of one branch would be kept apart from another's.
+    if part < tiles_k:
+        state_VK = _load_state(starts_RHKV, k_N, v_W, K, V, True).to(tl.float32)
+        state_VK, balance = _walk(
+            dout_THV, v_THV, k_THK, g, dq_THK, q_THK, qdq, state_VK, start, length, h,
+            v_W, k_N, scale, GATE, False, False, BLOCK_T, H, V, K,
+        )  # fmt: skip
+        _store_balance(leaving, balance, state_VK, ends_RHKV, chunk, tile, count, h, v_W, k_N,
+                       GATE, H, K, V)  # fmt: skip
+    if (part >= tiles_k) & (part < 2 * tiles_k):
+        state_VK = _load_state(ends_RHKV, k_N, v_W, K, V, True).to(tl.float32)
+        state_VK, balance = _walk(
+            v_THV, dout_THV, q_THK, g, dk_THK, k_THK, kdk, state_VK, start, length, h,
+            v_W, k_N, scale, GATE, True, False, BLOCK_T, H, V, K,
+        )  # fmt: skip
+        _store_balance(entering, balance, state_VK, starts_RHKV, chunk, tile, count, h, v_W, k_N,
+                       GATE, H, K, V)  # fmt: skip
+    if part >= 2 * tiles_k:
         k_W = tl.arange(0, WHOLE_K)
         v_N = (part - 2 * tiles_k) * BLOCK_V + tl.arange(0, BLOCK_V)
         state_KV = _load_state(ends_RHKV, k_W, v_N, K, V, False).to(tl.float32)

@@ -92,7 +92,7 @@ def decay_forward(q, k, v, g, scale, cuts, initial_state=None, output_final_stat
         for i, slab in enumerate(slabs):
             boundary_SHKV[i] = state_HKV
             decay = _decay(slab, g)
-            queries = slab.load(q, g.dtype).mul_(scale)
+            queries = slab.load(q, g.dtype) * scale
             keys, values = slab.load(k, g.dtype), slab.load(v, g.dtype)
             starts, state_HKV = _states(
                 slab, decay, keys, values, state_HKV, initial_state, final_NHKV
@@ -116,7 +116,7 @@ def decay_backward(
     with torch.autocast(q_THK.device.type, enabled=False):
         for i, slab in reversed(list(enumerate(slabs))):
             decay = _decay(slab, g)
-            q = slab.load(q_THK, g.dtype).mul_(scale)
+            q = slab.load(q_THK, g.dtype) * scale
             k, v, dout = (slab.load(x, g.dtype) for x in (k_THK, v_THV, dout_THV))
             starts, _ = _states(slab, decay, k, v, boundary_SHKV[i], initial_state, None)
             ends, dstate_HKV = _state_gradients(
@@ -265,7 +265,7 @@ class _Doubling:
     """
 
     def __init__(self, slab: Slab, g: Tensor):
-        since = slab.load(g if g.ndim == 3 else g[..., None], g.dtype).exp_()
+        since = slab.load(g if g.ndim == 3 else g[..., None], g.dtype).exp()
         until, self.levels = torch.ones_like(since), []
         while (half := 1 << len(self.levels)) < slab.chunk_size:
             first, second = since.unflatten(2, (-1, 2, half)).unbind(3)

@@ -160,11 +160,12 @@ def _checked(k_THK: Tensor, v_THV: Tensor, g: Tensor, cuts: Cuts) -> torch.Size:
 
 
 def _options(kernel: str, k_THK: Tensor, v_THV: Tensor, g: Tensor) -> Options:
-    """Options from the table, where diagonal gates and fp32 have entries of their own, and sizes."""
+    """Options from the table, which has entries for gates per token and for fp32, and sizes."""
     (_, H, K), V = k_THK.shape, v_THV.shape[2]
-    kind = ""
-    if kernel != "decay_scan":
-        kind = "_diagonal" if g.dim() == 3 else "_fp32" if k_THK.dtype == torch.float32 else ""
+    kind = ("", "_scalar", "_diagonal")[g.dim() - 1]
+    if k_THK.dtype == torch.float32 and g.dim() < 3:
+        kind = "_fp32"
+    kind = "" if kernel == "decay_scan" else kind
     options = launch_options(kernel + kind, max(K, V), k_THK.device)
     options.pop("CHUNK", None)
     for block, size in (("BLOCK_K", K), ("BLOCK_V", V)):

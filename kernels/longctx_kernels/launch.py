@@ -27,12 +27,14 @@ SIZES = (64, 128, 256)
 Options = dict[str, int]
 
 
+@torch.compiler.assume_constant_result
 @cache
 def has_triton() -> bool:
     """Whether Triton is installed, as it is on Linux."""
     return importlib.util.find_spec("triton") is not None
 
 
+@torch.compiler.assume_constant_result
 def is_interpreted() -> bool:
     """Whether kernels run in Triton's interpreter on the CPU (TRITON_INTERPRET=1)."""
     if not has_triton():

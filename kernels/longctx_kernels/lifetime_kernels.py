@@ -29,7 +29,7 @@ def _load_tile(
 ):  # fmt: skip
     """Rows from `first` on of one head, [ROWS, PADDED]; zero outside, rows only if CHECKED."""
     # One wide number a tile, and offsets of 32 bits within it, take few registers.
-    rows = tl.arange(0, ROWS).to(tl.int64)
+    rows = tl.arange(0, ROWS)
     columns = tl.arange(0, PADDED)
     pointers = (
         base + tl.cast(first, tl.int64) * STRIDE + (rows[:, None] * STRIDE + columns[None, :])
@@ -50,7 +50,7 @@ def _store_tile(
     base, x, first, limit, STRIDE: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.arange(0, ROWS).to(tl.int64)
+    rows = tl.arange(0, ROWS)
     columns = tl.arange(0, PADDED)
     pointers = (
         base + tl.cast(first, tl.int64) * STRIDE + (rows[:, None] * STRIDE + columns[None, :])
@@ -66,7 +66,7 @@ def _load_numbers(
     base, first, limit, other, STRIDE: tl.constexpr, ROWS: tl.constexpr, CHECKED: tl.constexpr
 ):
     """Numbers [ROWS] of one head, from row `first` on; `other` outside if CHECKED."""
-    rows = tl.arange(0, ROWS).to(tl.int64)
+    rows = tl.arange(0, ROWS)
     pointers = base + tl.cast(first, tl.int64) * STRIDE + rows * STRIDE
     if CHECKED:
         return tl.load(pointers, mask=rows < limit - first, other=other)
@@ -76,7 +76,7 @@ def _load_numbers(
 
 @triton.jit
 def _store_numbers(base, x, first, limit, STRIDE: tl.constexpr, ROWS: tl.constexpr):
-    rows = tl.arange(0, ROWS).to(tl.int64)
+    rows = tl.arange(0, ROWS)
     pointers = base + tl.cast(first, tl.int64) * STRIDE + rows * STRIDE
     tl.store(pointers, x, mask=rows < limit - first)
 
@@ -110,25 +110,38 @@ def _sign(x):
 
 
 @triton.jit
-def _backward_tile(x, dp, delta, lse, NORM: tl.constexpr):
-    """Weights of the values and gradient of the natural score; lse is +inf for empty queries."""
+def _weights(x, lse, NORM: tl.constexpr):
+    """Weights of the values, and what else their gradient needs; lse is +inf for empty queries."""
+    slope = x
     if NORM == SOFTMAX:
         weight = tl.exp2(x - lse)
-        dscore = weight * (dp - delta)
     elif NORM == SIGNED:
         weight = _sign(x) * tl.exp2(tl.abs(x) - lse)
-        dscore = tl.abs(weight) * dp - weight * delta
     elif NORM == SOFTPLUS:
         share = tl.exp(-lse)
         weight = _softplus(x) * share
-        dscore = _sigmoid(x) * share * (dp - delta)
+        slope = _sigmoid(x) * share
     elif NORM == SIGMOID:
         weight = _sigmoid(x)
-        dscore = weight * (1.0 - weight) * dp
     else:
         weight = tl.maximum(x, 0.0)
-        dscore = tl.where(x > 0, dp, 0.0)
-    return weight, dscore
+    return weight, slope
+
+
+@triton.jit
+def _score_gradient(weight, slope, dweight, delta, NORM: tl.constexpr):
+    """Gradient of the natural score; 0 where weight and slope are."""
+    if NORM == SOFTMAX:
+        dscore = weight * (dweight - delta)
+    elif NORM == SIGNED:
+        dscore = tl.abs(weight) * dweight - weight * delta
+    elif NORM == SOFTPLUS:
+        dscore = slope * (dweight - delta)
+    elif NORM == SIGMOID:
+        dscore = weight * (1.0 - weight) * dweight
+    else:
+        dscore = tl.where(weight > 0, dweight, 0.0)
+    return dscore
 
 
 @triton.jit
@@ -357,11 +370,13 @@ def _query_step(
         x += (bias * _unit(NORM))[None, :]
     if QUERY_BIAS:
         x += row_bias[:, None]
-    dp = tl.dot(dout, tl.trans(v_NV), input_precision=PRECISION)
-    _, dscore = _backward_tile(x, dp, delta[:, None], lse[:, None], NORM)
+    weight, slope = _weights(x, lse[:, None], NORM)
     if MASKED:
         seen = _seen(query_positions, key_positions, expiry, first, U, BLOCK_N, EXPIRES)
-        dscore = tl.where(seen, dscore, 0.0)
+        weight = tl.where(seen, weight, 0.0)
+        slope = tl.where(seen, slope, 0.0)
+    dweight = tl.dot(dout, tl.trans(v_NV), input_precision=PRECISION)
+    dscore = _score_gradient(weight, slope, dweight, delta[:, None], NORM)
     if QUERY_BIAS:
         drow += tl.sum(dscore, 1)
     dq = tl.dot(dscore.to(k_NK.dtype), k_NK, dq, input_precision=PRECISION)
@@ -466,8 +481,7 @@ def _key_step(
     if QUERY_BIAS:
         bias = _load_numbers(query_bias, first, T, 0.0, H, BLOCK_M, MASKED)
         x += (bias * _unit(NORM))[None, :]
-    dp = tl.dot(v, tl.trans(dout_MV), input_precision=PRECISION)
-    weight, dscore = _backward_tile(x, dp, delta_M[None, :], lse_M[None, :], NORM)
+    weight, slope = _weights(x, lse_M[None, :], NORM)
     if MASKED:
         positions = _load_numbers(query_positions, first, T, -2147483648, 1, BLOCK_M, True)
         inside = tl.arange(0, BLOCK_M) < T - first
@@ -475,12 +489,16 @@ def _key_step(
         if EXPIRES:
             seen = seen & (positions[None, :] < dies[:, None])
         weight = tl.where(seen, weight, 0.0)
-        dscore = tl.where(seen, dscore, 0.0)
+        slope = tl.where(seen, slope, 0.0)
+    # Before the gradient of scores, so that fewer tiles live at once.
+    factor = weight
+    if NORM == RELU and q.dtype.element_ty == tl.float16:
+        dv, _, peak, factor = _rescale(dv, peak, peak, weight)
+    dv = tl.dot(factor.to(dout_MV.dtype), dout_MV, dv, input_precision=PRECISION)
+    dweight = tl.dot(v, tl.trans(dout_MV), input_precision=PRECISION)
+    dscore = _score_gradient(weight, slope, dweight, delta_M[None, :], NORM)
     if KEY_BIAS:
         dcolumn += tl.sum(dscore, 1)
-    if NORM == RELU and q.dtype.element_ty == tl.float16:
-        dv, _, peak, weight = _rescale(dv, peak, peak, weight)
-    dv = tl.dot(weight.to(dout_MV.dtype), dout_MV, dv, input_precision=PRECISION)
     dk = tl.dot(dscore.to(q_MK.dtype), q_MK, dk, input_precision=PRECISION)
     return dk, dv, dcolumn, peak
 

@@ -1,22 +1,19 @@
 """Launches of the lifetime kernels."""
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 from torch import Tensor
 
 from longctx_kernels import lifetime_kernels as kernels
 from longctx_kernels.launch import Options, launch, launch_options
-
-if TYPE_CHECKING:
-    from longctx_kernels.lifetime_attention import Gradients, Score, Sight
+from longctx_kernels.score import Gradients, Score
+from longctx_kernels.sight import Sight
 
 _NORMALISERS = {"softmax": 0, "sigmoid": 1, "relu": 2, "softplus": 3, "signed": 4}
 Operands = tuple[Tensor, Tensor, Tensor]
 
 
-def forward(operands: Operands, sight: "Sight", score: "Score", wide: bool):
+def forward(operands: Operands, sight: Sight, score: Score, wide: bool):
     """(out [T, H, V], lse [T, H] fp32)."""
     operands = tuple(x.contiguous() for x in operands)
     q_THK, _, v_UJV = operands
@@ -41,17 +38,15 @@ def forward(operands: Operands, sight: "Sight", score: "Score", wide: bool):
 
 
 def backward(
-    dout_THV: Tensor,
-    dlse_TH: Tensor | None,
+    cotangents: tuple[Tensor, Tensor | None],
     operands: Operands,
     results: tuple[Tensor, Tensor],
-    sight: "Sight",
-    score: "Score",
+    sight: Sight,
+    score: Score,
     wide: bool,
-) -> "Gradients":
+) -> Gradients:
     """Gradients of operands and biases: two kernels after one for delta."""
-    from longctx_kernels.lifetime_attention import Gradients
-
+    dout_THV, dlse_TH = cotangents
     operands = tuple(x.contiguous() for x in operands)
     # Products need both factors in one dtype.
     dout_THV = dout_THV.to(operands[2].dtype).contiguous()
@@ -129,7 +124,7 @@ def _key_gradients(operands, saved, sight, score, wide) -> tuple[Tensor, Tensor,
     return dk_UJK, dv_UJV, dbias
 
 
-def _options(kernel: str, operands: Operands, sight: "Sight", score: "Score") -> Options:
+def _options(kernel: str, operands: Operands, sight: Sight, score: Score) -> Options:
     q_THK, _, v_UJV = operands
     K, V = q_THK.shape[-1], v_UJV.shape[-1]
     is_fp32 = q_THK.dtype == torch.float32
@@ -160,13 +155,13 @@ def _padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def _sight_arguments(sight: "Sight", score: "Score") -> tuple[Tensor | None, ...]:
+def _sight_arguments(sight: Sight, score: Score) -> tuple[Tensor | None, ...]:
     biases = (score.key_bias_UH, score.query_bias_TH)
     biases = (None if b is None else b.float().contiguous() for b in biases)
     return sight.query_positions, sight.key_positions, sight.expiry, *biases
 
 
-def _plan(sight: "Sight", options: Options) -> tuple[Tensor | None, ...]:
+def _plan(sight: Sight, options: Options) -> tuple[Tensor | None, ...]:
     """Ranges and block expiry, or lists and their lengths."""
     if sight.blocks is not None:
         return None, None, *sight.lists()[:2]
@@ -175,11 +170,11 @@ def _plan(sight: "Sight", options: Options) -> tuple[Tensor | None, ...]:
     return ranges, expiry, None, None
 
 
-def _sizes(operands, sight: "Sight", scale: float, options: Options) -> tuple[int | float, ...]:
+def _sizes(operands, sight: Sight, scale: float, options: Options) -> tuple[int | float, ...]:
     T, U = len(operands[0]), len(operands[1])
     blocks = triton.cdiv(T, options["BLOCK_M"]), triton.cdiv(U, options["BLOCK_N"])
     return T, U, scale, int(sight.is_by_head), *blocks
 
 
-def _listed_width(sight: "Sight") -> int:
+def _listed_width(sight: Sight) -> int:
     return 0 if sight.blocks is None else sight.blocks.shape[-1]

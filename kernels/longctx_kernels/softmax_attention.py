@@ -58,9 +58,12 @@ def softmax_attention(
             f"got {tuple(k.shape)} and {tuple(v.shape)}"
         )
     scale = K**-0.5 if scale is None else scale
-    tiles = plan_tiles(piece_cuts(B, T, cu_seqlens), window)
+    if cu_seqlens is None:
+        cu_seqlens = torch.arange(0, B * T + 1, T, dtype=torch.int32)
+    elif B != 1:
+        raise ValueError(f"cu_seqlens needs B = 1 (flatten the batch), got B = {B}")
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    return attend_tiles(q, k, v, tiles, scale).unflatten(0, (B, T))
+    return _forward_op(q, k, v, cu_seqlens, window, scale)[0].unflatten(0, (B, T))
 
 
 def attend_tiles(
@@ -167,20 +170,84 @@ def piece_tiles(begin: int, end: int, own_key: int, before: int, window: int) ->
 class _SoftmaxAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_HTK, k_JTK, v_JTV, tiles, scale):
-        out_HTV = v_JTV.new_empty(*q_HTK.shape[:2], v_JTV.shape[-1])
-        lse_HT = torch.empty(q_HTK.shape[:2], dtype=_wide(q_HTK), device=q_HTK.device)
-        attend((q_HTK, k_JTK, v_JTV), (out_HTV, lse_HT), tiles, scale)
-        ctx.save_for_backward(q_HTK, k_JTK, v_JTV, out_HTV, lse_HT)
+        results = _attended((q_HTK, k_JTK, v_JTV), tiles, scale)
+        ctx.save_for_backward(q_HTK, k_JTK, v_JTV, *results)
         ctx.tiles, ctx.scale = tiles, scale
-        return out_HTV
+        return results[0]
 
     @staticmethod
     def backward(ctx, dout_HTV):
-        q_HTK, k_JTK, v_JTV, out_HTV, lse_HT = ctx.saved_tensors
-        grads = tuple(torch.zeros_like(x, dtype=lse_HT.dtype) for x in (q_HTK, k_JTK, v_JTV))
-        saved = (out_HTV, lse_HT)
-        attend_backward(dout_HTV, (q_HTK, k_JTK, v_JTV), saved, grads, ctx.tiles, ctx.scale)
-        return *(dx.to(x.dtype) for dx, x in zip(grads, (q_HTK, k_JTK, v_JTV))), None, None
+        operands, results = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        return *_gradients(dout_HTV, operands, results, ctx.tiles, ctx.scale), None, None
+
+
+def _attended(operands, tiles, scale) -> tuple[Tensor, Tensor]:
+    """(out, lse) of tiles that cover all queries."""
+    q_HTK, _, v_JTV = operands
+    out_HTV = v_JTV.new_empty(*q_HTK.shape[:2], v_JTV.shape[-1])
+    lse_HT = torch.empty(q_HTK.shape[:2], dtype=_wide(q_HTK), device=q_HTK.device)
+    attend(operands, (out_HTV, lse_HT), tiles, scale)
+    return out_HTV, lse_HT
+
+
+def _gradients(dout_HTV, operands, results, tiles, scale) -> tuple[Tensor, ...]:
+    """Those of q, k, v, in their dtypes."""
+    grads = tuple(torch.zeros_like(x, dtype=results[1].dtype) for x in operands)
+    attend_backward(dout_HTV, operands, results, grads, tiles, scale)
+    return tuple(dx.to(x.dtype) for dx, x in zip(grads, operands))
+
+
+def _tiles_of(cuts_N: Tensor, q_MHK: Tensor, window: int) -> "tuple[Tile, ...]":
+    return plan_tiles(piece_cuts(1, q_MHK.shape[0], cuts_N), window)
+
+
+@torch.library.custom_op("longctx::softmax_attention", mutates_args=())
+def _forward_op(
+    q_MHK: Tensor, k_MJK: Tensor, v_MJV: Tensor, cuts_N: Tensor, window: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(out `[M, H, V]`, lse `[H, M]`); the cuts lie on the CPU and are no part of a graph."""
+    operands = tuple(x.transpose(0, 1) for x in (q_MHK, k_MJK, v_MJV))
+    out_HMV, lse_HM = _attended(operands, _tiles_of(cuts_N, q_MHK, window), scale)
+    return out_HMV.transpose(0, 1).contiguous(), lse_HM
+
+
+@_forward_op.register_fake
+def _(q_MHK, _k, v_MJV, *_others):
+    M, H, _ = q_MHK.shape
+    lse_HM = q_MHK.new_empty(H, M, dtype=_wide(q_MHK))
+    return v_MJV.new_empty(M, H, v_MJV.shape[-1]), lse_HM
+
+
+@torch.library.custom_op("longctx::softmax_attention_backward", mutates_args=())
+def _backward_op(
+    dout_MHV: Tensor, operands: list[Tensor], results: list[Tensor], cuts_N: Tensor,
+    window: int, scale: float,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of q, k, v."""
+    dout_HMV, *by_head = (x.transpose(0, 1) for x in (dout_MHV, *operands, results[0]))
+    *by_head, out_HMV = by_head
+    tiles = _tiles_of(cuts_N, operands[0], window)
+    grads = _gradients(dout_HMV, tuple(by_head), (out_HMV, results[1]), tiles, scale)
+    return [dx.transpose(0, 1).contiguous() for dx in grads]
+
+
+@_backward_op.register_fake
+def _(_dout, operands, *_others):
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in operands]
+
+
+def _keep(ctx, inputs, output) -> None:
+    *operands, cuts_N, ctx.window, ctx.scale = inputs
+    ctx.save_for_backward(*operands, *output, cuts_N)
+
+
+def _differentiate(ctx, dout, _dlse):
+    q, k, v, out, lse, cuts_N = ctx.saved_tensors
+    grads = _backward_op(dout, [q, k, v], [out, lse], cuts_N, ctx.window, ctx.scale)
+    return *grads, None, None, None
+
+
+_forward_op.register_autograd(_differentiate, setup_context=_keep)
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -111,7 +111,7 @@ class _Forward:
 
     def sight(self, source: int) -> Sight:
         """Which keys of rank `source` own queries see."""
-        return self.plan.once(block_sight, source, 0, self.operands[0].device)
+        return self.plan.once(block_sight, source, self.operands[0].device)
 
 
 @dataclass(frozen=True)

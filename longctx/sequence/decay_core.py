@@ -20,11 +20,12 @@ from longctx.sequence.plan import Piece, Plan
 
 
 class Exchange(NamedTuple):
-    """What lies where, how states travel, and how that is counted."""
+    """What lies where, how states travel, how that is counted, and who computes."""
 
     plan: Plan
     make_prefix: Callable[[Transitions], Prefix]
     label: Label
+    backend: str = "auto"
 
 
 def sharded_decay_attention(
@@ -42,19 +43,17 @@ def sharded_decay_attention(
         log_decay = q_MHK.new_zeros(q_MHK.shape[1])
     g = log_decay.to(torch.promote_types(q_MHK.dtype, torch.float32))
     g = g.detach() if g.ndim == 1 else g
-    return _DecayCore.apply(*operands, g, exchange, backend)
+    return _DecayCore.apply(*operands, g, exchange._replace(backend=backend))
 
 
 class _DecayCore(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, exchange: Exchange, backend: str
-    ) -> Tensor:
-        plan, passes = exchange.plan, passes_of(backend)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, exchange: Exchange) -> Tensor:
+        plan, passes = exchange.plan, passes_of(exchange.backend)
         transitions = _transitions(plan, g)
         prefix = exchange.make_prefix(transitions)
         with torch.autocast(q.device.type, enabled=False):
-            added, starts = _added(plan, (k, v, g), backend)
+            added, starts = _added(plan, (k, v, g), exchange.backend)
             finish = prefix.rightwards(added, exchange.label)
             out, saved = passes.output_pass(q, k, v, g, 1.0, plan.cuts, starts)
             states = finish()
@@ -63,15 +62,16 @@ class _DecayCore(torch.autograd.Function):
                 out[rows] += decay_torch.read_state(q[rows], state, gate, 1.0).to(out.dtype)
         leaving = added if g.ndim == 1 else added + transitions.own * states
         ctx.save_for_backward(q, k, v, g, saved, states, leaving)
-        ctx.exchange, ctx.prefix, ctx.backend = exchange, prefix, backend
+        ctx.exchange, ctx.prefix = exchange, prefix
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Any:
         q, k, v, g, saved, states, leaving = ctx.saved_tensors
-        plan, passes = ctx.exchange.plan, passes_of(ctx.backend)
+        plan, backend = ctx.exchange.plan, ctx.exchange.backend
+        passes = passes_of(backend)
         with torch.autocast(q.device.type, enabled=False):
-            dstates, ends = _read_gradients(plan, (q, dout, g), states, ctx.backend)
+            dstates, ends = _read_gradients(plan, (q, dout, g), states, backend)
             finish = ctx.prefix.leftwards(dstates, ctx.exchange.label.reversed())
             grads = passes.gradient_pass(q, k, v, g, 1.0, plan.cuts, dout, saved, ends)
             for p, rows in _entering(plan):
@@ -90,7 +90,7 @@ class _DecayCore(torch.autograd.Function):
                 _add_to_gate(grads[3], slice(p.stop - 1, p.stop), at_end_HK[None])
         dq, dk, dv, dG = grads
         dg = None if dG is None else decay_torch.log_decay_gradient(dG, plan.cuts)
-        return dq, dk, dv, dg, None, None
+        return dq, dk, dv, dg, None
 
 
 def _transitions(plan: Plan, g: Tensor) -> Transitions:

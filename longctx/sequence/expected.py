@@ -36,6 +36,13 @@ class Sizes(NamedTuple):
     value_dim: int
 
 
+class Gate(NamedTuple):
+    """A log decay per token: elements a head, 1 or the size of a key, and bytes of each."""
+
+    size: int
+    width: int
+
+
 @dataclass(frozen=True)
 class Share:
     """What one rank has of a batch of `rows` sequences, and how it reaches the rest."""
@@ -63,6 +70,12 @@ class Share:
         members = self._groups[self.rank // self.transports.heads]
         return sum(self.placement.lengths[rank] for rank in members)
 
+    @property
+    def traded_tokens(self) -> tuple[int, int]:
+        """Tokens of a row that arrive with all heads, once from each other member, or some."""
+        own = self.own_tokens
+        return own * (self.transports.heads - 1), self.group_tokens - own
+
     def of_group(self) -> "Share | None":
         """The share of the whole Ulysses group; None if that is everything."""
         if len(self._groups) == 1:
@@ -87,14 +100,23 @@ def _both_ways(verb: str, forward: Traffic, backward: Traffic) -> Expected:
     return {key: traffic for key, traffic in both.items() if traffic.calls}
 
 
-def decay_traffic(share: Share, sizes: Sizes) -> Expected:
-    """Of `SequenceView.decay_attention`; its constant factors do not travel."""
+def decay_traffic(share: Share, sizes: Sizes, gate: Gate | None = None) -> Expected:
+    """Of `SequenceView.decay_attention`; factors travel only if there is a gate per token.
+
+    They go along with the first all-gather, one for each element of the gate. Ulysses trades the
+    gate itself, as it is.
+    """
+    size = gate.size if gate else 0
     if share.transports.prefix != "ulysses":
-        return prefix_traffic(share, sizes)
+        return prefix_traffic(share, sizes, sizes.heads * size)
     inner = sizes._replace(heads=sizes.heads // share.transports.heads)
     inward = inner.heads * (2 * sizes.key_dim + sizes.value_dim)
-    trade, group = trade_traffic(share, inward, inner.heads * sizes.value_dim), share.of_group()
-    return combined([trade, prefix_traffic(group, inner)] if group else [trade])
+    parts, group = [trade_traffic(share, inward, inner.heads * sizes.value_dim)], share.of_group()
+    if gate:
+        own, others = share.traded_tokens
+        token = share.rows * inner.heads * size * gate.width
+        parts.append(_both_ways("heads", Traffic(1, others * token), Traffic(1, own * token)))
+    return combined([*parts, prefix_traffic(group, inner, inner.heads * size)] if group else parts)
 
 
 def prefix_traffic(share: Share, sizes: Sizes, factor: int = 0) -> Expected:
@@ -195,8 +217,7 @@ def trade_traffic(share: Share, inward: int, outward: int) -> Expected:
 
     `inward` and `outward` are elements a token of one rank's heads.
     """
-    own, others = share.own_tokens, share.group_tokens - share.own_tokens
-    own *= share.transports.heads - 1
+    own, others = share.traded_tokens
     width = share.rows * share.widths.activation
     return _both_ways(
         "heads",

@@ -35,15 +35,15 @@ class Placement:
         """Number of ranks."""
         return len(self.segments)
 
-    @cached_property
+    @property
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each rank."""
         return tuple(sum(s.length for s in own) for own in self.segments)
 
-    @cached_property
+    @property
     def length(self) -> int:
         """Tokens of the whole sequence."""
-        return sum(self.lengths)
+        return sum(segment.length for own in self.segments for segment in own)
 
     @cached_property
     def order(self) -> tuple[tuple[int, int], ...]:

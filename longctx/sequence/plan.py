@@ -1,7 +1,7 @@
 """What one rank must know about a batch, worked out on the host once."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
@@ -35,6 +35,7 @@ class Plan:
     placement: Placement
     rank: int
     documents: Documents
+    _made: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def rows(self) -> int:
@@ -101,10 +102,6 @@ class Plan:
         if key not in self._made:
             self._made[key] = make(self, *arguments)
         return self._made[key]
-
-    @cached_property
-    def _made(self) -> dict[Any, Any]:
-        return {}
 
     def continues(self, row: int, segment: Segment) -> bool:
         """Whether the first token of a segment goes on with the document before it."""

@@ -64,7 +64,10 @@ def _joined(plan: Plan, groups: tuple[tuple[int, ...], ...], ring: int) -> Plan:
 
 
 class ShardedView(SequenceView):
-    """Written once for every placement: a Plan says what lies where."""
+    """Written once for every placement: a Plan says what lies where.
+
+    A compiler's graph ends where something is exchanged.
+    """
 
     def __init__(self, plan: Plan, links: Links, transports: Transports, layer: int = 0):
         self.plan, self.links, self.transports, self.layer = plan, links, transports, layer
@@ -89,6 +92,7 @@ class ShardedView(SequenceView):
     def _label(self, verb: str) -> Label:
         return Label(self.layer, verb)
 
+    @torch.compiler.disable
     def decay_attention(
         self,
         q_BTHK: Tensor,
@@ -120,6 +124,7 @@ class ShardedView(SequenceView):
         blocks, beside = (SCAN_BLOCKS, True) if kind == "scan" else (1, False)
         return ChainedPrefix(self.plan, transitions, self.links.chain, blocks, beside)
 
+    @torch.compiler.disable
     def softmax_attention(
         self,
         q_BTHK: Tensor,

@@ -17,8 +17,8 @@ from longctx.sequence.plan import Piece, Plan
 LARGEST = 2**31 - 2
 
 
-def block_sight(plan: Plan, source: int, window: int, device: torch.device) -> Sight:
-    """Own queries and the keys of rank `source`; `window` 0 sees the whole document."""
+def block_sight(plan: Plan, source: int, device: torch.device) -> Sight:
+    """Own queries and the keys of rank `source`."""
     length = plan.placement.length
     _check_positions(plan.rows * length)
     keys = plan.pieces_of(source)
@@ -27,7 +27,7 @@ def block_sight(plan: Plan, source: int, window: int, device: torch.device) -> S
     ends = torch.cat(
         [torch.full((p.stop - p.start,), p.row * length + _end(plan, p)) for p in keys]
     )
-    return _sight(queries, positions, ends, window, device)
+    return _sight(queries, positions, ends, device)
 
 
 def halo_sight(plan: Plan, halo: HaloPlan, window: int, device: torch.device) -> Sight:
@@ -53,7 +53,7 @@ def halo_sight(plan: Plan, halo: HaloPlan, window: int, device: torch.device) ->
         stop = own + piece.stop - piece.start
         ends[own - before : stop] = base + _end(plan, piece)
     queries = _positions((bases[p.row, p.segment] + p.position, p) for p in plan.pieces)
-    return _sight(queries, positions, ends, window, device)
+    return _sight(queries, positions, torch.minimum(ends, positions + window), device)
 
 
 def attend_seen(q_MHK: Tensor, k_NJK: Tensor, v_NJV: Tensor, sight: Sight) -> Tensor:
@@ -80,11 +80,7 @@ def _positions(starts: Iterable[tuple[int, Piece]]) -> Tensor:
     return torch.cat([torch.arange(first, first + p.stop - p.start) for first, p in starts])
 
 
-def _sight(
-    queries: Tensor, positions: Tensor, ends: Tensor, window: int, device: torch.device
-) -> Sight:
-    if window:
-        ends = torch.minimum(ends, positions + window)
+def _sight(queries: Tensor, positions: Tensor, ends: Tensor, device: torch.device) -> Sight:
     queries, positions, ends = (x.to(device, torch.int32) for x in (queries, positions, ends))
     return Sight(queries, positions, ends)
 

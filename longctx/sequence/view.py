@@ -7,12 +7,12 @@ other implementations spread a sequence over ranks and answer the same calls wit
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from functools import cached_property
 from typing import Self
 
 import torch
 from longctx_kernels.decay_attention import decay_attention
 from longctx_kernels.launch import backend_of
+from longctx_kernels.lifetime_attention import Sight
 from longctx_kernels.softmax_attention import softmax_attention
 from torch import Tensor
 
@@ -23,7 +23,7 @@ from longctx.sequence.ledger import Label
 from longctx.sequence.placement import place
 from longctx.sequence.plan import Documents, Plan, document_starts
 from longctx.sequence.randomness import token_keys, uniform
-from longctx.sequence.sights import attend_seen, block_sight
+from longctx.sequence.sights import attend_seen
 from longctx.sequence.verbs import (
     AFFINE,
     AffinePrefix,
@@ -82,6 +82,7 @@ class SequenceView(ABC):
             raise ValueError("this view has no random numbers; make one with keyed()")
         return uniform(self.keys_BT, self.layer, PURPOSES.index(purpose), width)
 
+    @torch.compiler.disable
     def prefix(
         self, elements: tuple[Tensor, ...], monoid: Monoid, rightwards: bool = True
     ) -> tuple[Tensor, ...]:
@@ -100,14 +101,17 @@ class SequenceView(ABC):
         entering = AffinePrefix.apply(added, factors, exchange, wire.label, rightwards)
         return (entering,)
 
+    @torch.compiler.disable
     def stream(self, x_BT: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(rank, its tokens) of every rank, own ones first; `plan.pieces_of` says what they are."""
         return stream(x_BT, self._wire("stream"), self._stream_transport)
 
+    @torch.compiler.disable
     def gather(self, x_BT: Tensor) -> Tensor:
         """All tokens of every row, `[B, G, ...]`."""
         return Gather.apply(x_BT, self._wire("gather"))
 
+    @torch.compiler.disable
     def halo(self, x_BT: Tensor, left: int, right: int = 0) -> list[Tensor]:
         """Each segment with `left` and `right` neighbours, zeros where the sequence has none."""
         wire, plan = self._wire("halo"), self.plan.once(HaloPlan, left, right)
@@ -115,15 +119,18 @@ class SequenceView(ABC):
         sizes = [left + segment.length + right for segment in self.plan.segments]
         return list(flat.unflatten(0, (self.plan.rows, -1)).split(sizes, 1))
 
+    @torch.compiler.disable
     def top_k(self, score_BT: Tensor, count: int) -> Tensor:
         """Positions of the best scores of each whole row, rising; earlier ones win ties."""
         return top_k(score_BT, count, self._wire("top_k"))
 
+    @torch.compiler.disable
     def reduce(self, x: Tensor) -> Tensor:
         """Sum over ranks, on every rank."""
         wire = self._wire("reduce")
         return Reduce.apply(x, wire.communicator, wire.label)
 
+    @torch.compiler.disable
     def handoff(
         self, initial: Tensor, work: Callable[[Tensor, int], tuple[Tensor, Tensor]]
     ) -> list[Tensor]:
@@ -172,7 +179,10 @@ class SequenceView(ABC):
 
 
 class LocalView(SequenceView):
-    """Whole sequences on one process: one segment a row."""
+    """Whole sequences on one process: one segment a row.
+
+    Laid end to end, token m of the batch has place m, and its document ends at place `ends_M[m]`.
+    """
 
     _group: Communicator = Alone()
     _stream_transport = "allgather"
@@ -180,7 +190,10 @@ class LocalView(SequenceView):
     def __init__(self, documents: Documents, length: int, device: torch.device | str = "cpu"):
         """Rows of `length` tokens in which documents start at these positions."""
         self.plan = Plan(place("contiguous", 1, length), 0, documents)
-        self.batch, self.length, self.cuts = len(documents), length, self.plan.cuts
+        self.cu_seqlens = torch.tensor(self.plan.cuts, dtype=torch.int32)
+        ends_M = self.cu_seqlens[1:].repeat_interleave(self.cu_seqlens.diff())
+        self.ends_M = ends_M.to(device)
+        self.places_M = torch.arange(len(ends_M), dtype=torch.int32, device=device)
         self.positions_BT = self.plan.positions_BT.to(device)
         self.token_ids_BT = self.plan.token_ids_BT.to(device)
 
@@ -194,10 +207,8 @@ class LocalView(SequenceView):
         """A token whose document's id differs from that of the token before starts anew."""
         return cls(document_starts(documents_BT), documents_BT.shape[1], documents_BT.device)
 
-    @cached_property
-    def cu_seqlens(self) -> Tensor:
-        """Cuts between documents in the rows laid end to end."""
-        return torch.tensor(self.cuts, dtype=torch.int32)
+    def reduce(self, x: Tensor) -> Tensor:
+        return x
 
     def decay_attention(
         self,
@@ -233,7 +244,10 @@ class LocalView(SequenceView):
     ) -> Tensor:
         q, k, v = one_row(q_BTHK), one_row(k_BTJK), one_row(v_BTJV)
         if backend_of(q, backend) == "triton":
-            sight = self.plan.once(block_sight, 0, window, q.device)
+            ends_M = self.ends_M
+            if window:
+                ends_M = torch.minimum(ends_M, self.places_M + window)
+            sight = Sight(self.places_M, self.places_M, ends_M)
             out = attend_seen(q[0], k[0], v[0], sight)
         else:
             out = softmax_attention(q, k, v, window, cu_seqlens=self.cu_seqlens)

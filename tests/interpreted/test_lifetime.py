@@ -13,6 +13,7 @@ from tests.kernels.test_lifetime_attention import (
     assert_equal_to_definition,
     operands,
 )
+from tests.tolerances import assert_close
 
 assert launching.is_interpreted(), "run with TRITON_INTERPRET=1"
 
@@ -32,6 +33,22 @@ def test_half_precision(normaliser, sight):
     assert_equal_to_definition(tensors, sight, normaliser, "fp16")
 
 
+@pytest.mark.parametrize("factor", [2000.0, 1e-3])
+@pytest.mark.parametrize("normaliser", ["relu", "softplus"])
+def test_weights_fit_halves(normaliser, factor):
+    """Scores of about 1e5, which no half holds, and weights below the least half."""
+    sight = SIGHTS["window 40"](2)
+    q, k, *rest, key_bias, query_bias = operands(sight, 2, (20, 28), True, torch.float16)
+    with torch.no_grad():
+        # Large scores are made positive: softplus of -1e5 is 0 in any precision.
+        q, k = (q.abs(), k.abs()) if factor > 1 else (q, k)
+        q, k = (q * factor).requires_grad_(), (k * 50).requires_grad_()
+        if factor < 1 and normaliser == "softplus":
+            query_bias = (query_bias - 20).requires_grad_()
+    tensors = [q, k, *rest, key_bias, query_bias]
+    assert_equal_to_definition(tensors, sight, normaliser, "fp16")
+
+
 def test_public_ops_launch_kernels_and_equal_torch():
     generator = torch.Generator().manual_seed(4)
     q, k, v = (
@@ -45,19 +62,23 @@ def test_public_ops_launch_kernels_and_equal_torch():
             lse = lse.masked_fill(lse == -torch.inf, 0.0)
             results[backend] = out, *torch.autograd.grad(out.square().sum() + lse.sum(), (q, k, v))
         for a, e in zip(results["triton"], results["torch"], strict=True):
-            assert float((a - e).abs().max()) <= 1e-5 * max(1.0, float(e.abs().max()))
+            assert_close(a, e, "fp32")
 
 
-@pytest.mark.parametrize("evicts", [False, True])
-def test_meta_tensors_are_recorded(evicts):
+@pytest.mark.parametrize("kind", ["window", "evicting", "listed", "listed by head"])
+def test_meta_tensors_are_recorded(kind):
     T = 131072
     shapes = ((T, 16, 128), (T, 4, 128), (T, 4, 128))
     q, k, v = (torch.empty(s, dtype=torch.bfloat16, device="meta") for s in shapes)
     positions = torch.empty(T, dtype=torch.int32, device="meta")
-    expiry = torch.empty((4, T) if evicts else T, dtype=torch.int32, device="meta")
-    sight, score = op.Sight(positions, positions, expiry), op.Score(0.1)
+    expiry = torch.empty((4, T) if kind == "evicting" else T, dtype=torch.int32, device="meta")
+    plans = 4 if kind == "listed by head" else 1
+    blocks = torch.empty(plans, T // 64, 16, dtype=torch.int32, device="meta")
+    lists = (blocks, 64) if kind.startswith("listed") else ()
+    sight, score = op.Sight(positions, positions, expiry, *lists), op.Score(0.1)
     with launching.recording("sm_90") as launches:
         out, lse = op.lifetime_forward(q, k, v, sight, score)
         grads = op.lifetime_backward(out, lse, (q, k, v), (out, lse), sight, score)
     assert [x.kernel.__name__.split("_")[1] for x in launches] == ["forward", "delta", "dq", "dkdv"]
+    assert all(x.options.get("LISTED", 64) == 64 for x in launches) == bool(lists)
     assert grads.dk_UJK.shape == k.shape

@@ -7,6 +7,7 @@ import torch
 
 from longctx.sequence.sharded import Transports
 from tests.sequence.cases import DOCUMENTS, Case, Setting
+from tests.sequence.gate_cases import GATE_CASES
 from tests.sequence.mixer_cases import HEADS, MIXER_CASES
 from tests.sequence.pairwise import pairwise_cover
 from tests.sequence.verb_cases import CASES, HEAD_TRADE
@@ -79,7 +80,19 @@ def verb_jobs(ranks: int) -> list[Job]:
         jobs.append(Job(case, Setting(ranks, name, Transports(heads=heads))))
     sizes = [heads for heads in (2, 4) if ranks % heads == 0]
     trades = [Setting(ranks, "zigzag", Transports(heads=heads)) for heads in sizes]
-    return jobs + [Job(HEAD_TRADE, setting) for setting in trades]
+    return jobs + [Job(HEAD_TRADE, setting) for setting in trades] + gate_jobs(ranks)
+
+
+def gate_jobs(ranks: int) -> list[Job]:
+    """Gates per token by every transport."""
+    transports = [Transports(prefix) for prefix in ("allgather", "scan", "serial")]
+    if ranks % 2 == 0:
+        transports.append(Transports("ulysses", heads=2))
+    return [
+        Job(case, Setting(ranks, ("contiguous", "zigzag")[(number + shift) % 2], one))
+        for shift, case in enumerate(GATE_CASES.values())
+        for number, one in enumerate(transports)
+    ]
 
 
 def single_precision_jobs(ranks: int) -> list[Job]:

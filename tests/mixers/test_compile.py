@@ -1,0 +1,83 @@
+"""torch.compile and activation checkpointing of every mixer."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from longctx.sequence.ledger import Ledger
+from longctx.sequence.placement import place
+from longctx.sequence.plan import Plan
+from longctx.sequence.sharded import ShardedView, Transports
+from longctx.sequence.simulator import Hub
+from longctx.sequence.view import LocalView
+from tests.mixers.test_every_mixer import (
+    CUTS,
+    build,
+    example_input,
+    output_and_gradients,
+    packed_view,
+    variants,
+)
+from tests.sequence.links import simulated_links
+
+LENGTH = 40
+BREAKS_PER_VERB = 3
+"""Graph breaks that each verb of a mixer may cost when its sequence is split: an exchange ends the
+graphs of the functions around it too."""
+
+
+def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(left.values(), right.values(), strict=True))
+
+
+@variants
+def test_a_mixer_compiles_without_graph_breaks_and_equals_eager(config):
+    mixer, x_BTD = build(config), example_input(2, LENGTH)
+    view = packed_view(2, LENGTH, (1, 17))
+    torch._dynamo.reset()
+    compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
+    expected = output_and_gradients(mixer, mixer, x_BTD, view)
+    assert equal(output_and_gradients(mixer, compiled, x_BTD, view), expected)
+
+
+@variants
+def test_other_documents_do_not_compile_again(config):
+    mixer, x_BTD = build(config), example_input(2, LENGTH)
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(mixer, fullgraph=True, backend=count)
+    for starts in ((0, 4, 9), (0, 11, 30)):
+        view = LocalView(((0,), starts), LENGTH)
+        assert torch.equal(compiled(x_BTD, view).out, mixer(x_BTD, view).out)
+    assert len(graphs) == 1
+
+
+@variants
+@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS.keys())
+def test_a_checkpointed_mixer_has_the_same_gradients(config, cuts):
+    mixer, x_BTD = build(config), example_input(2, LENGTH)
+    view = packed_view(2, LENGTH, tuple(cut for cut in cuts if cut < LENGTH))
+    expected = output_and_gradients(mixer, mixer, x_BTD, view)
+
+    def call(x_BTD, view):
+        return checkpoint(mixer, x_BTD, view, use_reentrant=False)
+
+    assert equal(output_and_gradients(mixer, call, x_BTD, view), expected)
+
+
+@variants
+def test_graph_breaks_of_a_split_mixer_stay_within_the_budget(config):
+    mixer, x_BTD = build(config), example_input(2, LENGTH)
+    plan = Plan(place("contiguous", 1, LENGTH), 0, ((0,), (0, 13)))
+    links = simulated_links(Hub(), 0, 1, 1, Ledger())
+    view = ShardedView(plan, links, Transports())
+    assert view.positions_BT.shape == (2, LENGTH)
+    torch._dynamo.reset()
+    explained = torch._dynamo.explain(mixer)(x_BTD, view)
+    budget = BREAKS_PER_VERB * len(config.verbs())
+    assert 0 < explained.graph_break_count <= budget, explained.break_reasons
