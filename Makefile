@@ -21,7 +21,7 @@ TORCH_STAMP := $(STAMPS)/$(subst =,-,$(TORCH))
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test cluster conformance check fix bench package golden clean
+.PHONY: help setup demo test cluster conformance check fix bench gpu ahead package golden clean
 
 help: ## print this list
 	@echo 'make TARGET [PYTHON=python3.12] [TORCH=torch==2.13.0] [TORCH_INDEX=...] [VENV=.venv]'
@@ -74,6 +74,15 @@ fix: $(STAMPS)/dev ## mend what ruff can mend
 
 bench: $(STAMPS)/bench ## time the training step and every mixer on this CPU
 	$(BIN)/python kernels/bench/cpu.py
+
+# Where nothing but torch, triton and numpy is installed: make gpu GPU_PYTHON=python3
+GPU_PYTHON ?= $(BIN)/python
+
+gpu: ## check every kernel on this machine's GPU, then time it beside its peers; under 8 minutes
+	$(GPU_PYTHON) kernels/bench/gpu.py
+
+ahead: $(STAMPS)/dev ## compile every kernel for GPUs that are not here; half an hour
+	PYTHONPATH=kernels $(BIN)/python -m longctx_kernels.ahead --out docs/results/kernels-ahead.md
 
 golden: $(STAMPS)/dev ## regenerate tests/golden; review what it changes
 	$(BIN)/python -m tests.goldens
