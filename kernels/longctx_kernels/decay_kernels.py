@@ -159,15 +159,13 @@ def _walk(
 
     o from (q, k, v) and dq from (dout, v, k) walk right; dk from (v, dout, q) and dv from
     (k, q, dout) are REVERSE. The keys' dimension, which has the gates, is W or else N. If asked,
-    `products` gets out * other, summed over N unless gates are diagonal. Returns the state on the
-    other side of the chunk and the sum of the products.
+    `products` gets out * other, summed over N unless gates are diagonal.
     """
     i = tl.arange(0, BLOCK_T)
     head = start * H + h
     a_THW, b_THW = a_THW + head * W, b_THW + head * W
     c_THN, out_THN = c_THN + head * N, out_THN + head * N
     g = _gate_of(g, head, h, W if KEYS_WIDE else N, GATE)
-    balance = tl.zeros([n.shape[0] if GATE == 2 else 1], tl.float32)
     tiles = tl.cdiv(length, BLOCK_T)
     for step in range(tiles):
         first = (tiles - 1 - step if REVERSE else step) * BLOCK_T
@@ -215,14 +213,10 @@ def _walk(
         if GATE > 0 and not KEYS_WIDE:
             product_CN = out_CN * _load(other_THN + head * N, row, length, n, H, N)
             if GATE == 1:
-                product_C = tl.sum(product_CN, 1)
-                tl.store(products + row * H, product_C, mask=row < length)
-                balance += tl.sum(product_C, 0)
+                tl.store(products + row * H, tl.sum(product_CN, 1), mask=row < length)
             else:
                 _store(products, product_CN, row, length, n, H, N)
-                balance += tl.sum(product_CN, 0)
         state_WN = _dot(tl.trans(b_CW), c_CN, state_WN)
-    return state_WN, balance
 
 
 @triton.jit(do_not_specialize=["scale"])
@@ -397,7 +391,7 @@ def decay_outputs(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["scale", "T", "count"])
+@triton.jit(do_not_specialize=["scale", "T"])
 def decay_gradients(
     q_THK,
     k_THK,
@@ -411,11 +405,8 @@ def decay_gradients(
     dv_THV,
     qdq,
     kdk,
-    leaving,
-    entering,
     chunks,
     T,
-    count,
     scale,
     GATE: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -427,11 +418,7 @@ def decay_gradients(
     K: tl.constexpr,
     V: tl.constexpr,
 ):
-    """Gradients of a chunk: a program makes BLOCK_K columns of dq or of dk, or BLOCK_V of dv.
-
-    `leaving` and `entering` get the gate's gradient summed over this chunk's tokens and those after
-    it or over those after it, from dq and from dk: equal but for rounding.
-    """
+    """Gradients of a chunk: a program makes BLOCK_K columns of dq or of dk, or BLOCK_V of dv."""
     tiles_k: tl.constexpr = tl.cdiv(K, BLOCK_K)
     parts: tl.constexpr = 2 * tiles_k + tl.cdiv(V, BLOCK_V)
     chunk = tl.program_id(0) // parts
@@ -452,20 +439,16 @@ def decay_gradients(
     # Not a chain of else: shared memory of one branch would be kept apart from another's.
     if part < tiles_k:
         state_VK = _load_state(starts_RHKV, k_N, v_W, K, V, True).to(tl.float32)
-        state_VK, balance = _walk(
+        _walk(
             dout_THV, v_THV, k_THK, g, dq_THK, q_THK, qdq, state_VK, start, length, h,
             v_W, k_N, scale, GATE, False, False, BLOCK_T, H, V, K,
         )  # fmt: skip
-        _store_balance(leaving, balance, state_VK, ends_RHKV, chunk, tile, count, h, v_W, k_N,
-                       GATE, H, K, V)  # fmt: skip
     if (part >= tiles_k) & (part < 2 * tiles_k):
         state_VK = _load_state(ends_RHKV, k_N, v_W, K, V, True).to(tl.float32)
-        state_VK, balance = _walk(
+        _walk(
             v_THV, dout_THV, q_THK, g, dk_THK, k_THK, kdk, state_VK, start, length, h,
             v_W, k_N, scale, GATE, True, False, BLOCK_T, H, V, K,
         )  # fmt: skip
-        _store_balance(entering, balance, state_VK, starts_RHKV, chunk, tile, count, h, v_W, k_N,
-                       GATE, H, K, V)  # fmt: skip
     if part >= 2 * tiles_k:
         k_W = tl.arange(0, WHOLE_K)
         v_N = (part - 2 * tiles_k) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -474,19 +457,3 @@ def decay_gradients(
             k_THK, q_THK, dout_THV, g, dv_THV, None, None, state_KV, start, length, h,
             k_W, v_N, scale, GATE, True, True, BLOCK_T, H, K, V,
         )  # fmt: skip
-
-
-@triton.jit
-def _store_balance(
-    x, balance, state_VK, facing, chunk, tile, count, h, v, k,
-    GATE: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-):  # fmt: skip
-    """Stores the sum of products and of what the state at the chunk's edge makes of the other's."""
-    if GATE > 0:
-        product_VK = state_VK * _load_state(facing, k, v, K, V, True)
-        if GATE == 1:
-            at = x + (tile * count + chunk) * H + h + tl.arange(0, 1)
-            tl.store(at, balance + tl.sum(tl.sum(product_VK, 0), 0))
-        else:
-            at = x + (chunk.to(tl.int64) * H + h) * K + k
-            tl.store(at, balance + tl.sum(product_VK, 0), mask=k < K)

@@ -81,35 +81,23 @@ def gradient_pass(
     tiles_k, tiles_v = cdiv(K, options["BLOCK_K"]), cdiv(V, options["BLOCK_V"])
     dq_THK, dk_THK, dv_THV = (torch.empty_like(x) for x in (q_THK, k_THK, v_THV))
     chunks = _chunk_table(cuts, chunk_size(K, V, q_THK.device), q_THK.device)
-    sums = _gate_sums(g, tiles_k, len(chunks))
+    qdq, kdk = _gate_products(g, tiles_k)
     grid = (len(chunks) * (2 * tiles_k + tiles_v), H)
-    arguments = *operands, saved, ends, dq_THK, dk_THK, dv_THV, *sums, chunks
-    launch(decay_gradients, grid, *arguments, T, len(chunks), float(scale), options=options)
-    return dq_THK, dk_THK, dv_THV, _gate_gradient(sums, chunks)
-
-
-def _gate_sums(g: Tensor, parts: int, chunks: int) -> tuple[Tensor | None, ...]:
-    """Room for q dq and k dk of every token, and for their balances of every chunk."""
+    arguments = *operands, saved, ends, dq_THK, dk_THK, dv_THV, qdq, kdk, chunks
+    launch(decay_gradients, grid, *arguments, T, float(scale), options=options)
     if g.dim() == 1:
-        return None, None, None, None
-    parts = parts if g.dim() == 2 else 1
-    shapes = [(parts, rows, *g.shape[1:]) for rows in (len(g), len(g), chunks, chunks)]
-    return tuple(torch.empty(s, dtype=torch.float32, device=g.device) for s in shapes)
+        return dq_THK, dk_THK, dv_THV, None
+    dG = qdq.sub_(kdk)
+    return dq_THK, dk_THK, dv_THV, dG.sum(0) if g.dim() == 2 else dG
 
 
-def _gate_gradient(sums: tuple[Tensor | None, ...], chunks: Tensor) -> Tensor | None:
-    """Gradient of the running sum of the gate: q dq - k dk, with chunks brought into balance.
-
-    The gate's gradient is a sum over all later tokens. Rounding errors would pile up along the
-    sequence, were not each chunk's taken out where the next one to the left begins.
-    """
-    if sums[0] is None:
-        return None
-    qdq, kdk, leaving, entering = sums
-    dG, defect = qdq.sub_(kdk), entering.sub_(leaving)
-    dG, defect = (x.sum(0) if len(x) > 1 else x[0] for x in (dG, defect))
-    dG[chunks[:, 0].long()] += defect
-    return dG
+def _gate_products(g: Tensor, parts: int) -> tuple[Tensor | None, Tensor | None]:
+    """Room for q dq and k dk, whose difference is the gradient of the gate's running sum."""
+    if g.dim() == 1:
+        return None, None
+    shape = (parts, *g.shape) if g.dim() == 2 else g.shape
+    first, second = (torch.empty(shape, dtype=torch.float32, device=g.device) for _ in range(2))
+    return first, second
 
 
 def chunk_size(K: int, V: int, device: torch.device) -> int:
@@ -162,10 +150,10 @@ def _checked(k_THK: Tensor, v_THV: Tensor, g: Tensor, cuts: Cuts) -> torch.Size:
 def _options(kernel: str, k_THK: Tensor, v_THV: Tensor, g: Tensor) -> Options:
     """Options from the table, which has entries for gates per token and for fp32, and sizes."""
     (_, H, K), V = k_THK.shape, v_THV.shape[2]
-    kind = ("", "_scalar", "_diagonal")[g.dim() - 1]
-    if k_THK.dtype == torch.float32 and g.dim() < 3:
-        kind = "_fp32"
-    kind = "" if kernel == "decay_scan" else kind
+    kinds = ("", "_scalar", "_diagonal")
+    if k_THK.dtype == torch.float32:
+        kinds = ("_fp32", "_fp32", "_diagonal_fp32")
+    kind = "" if kernel == "decay_scan" else kinds[g.dim() - 1]
     options = launch_options(kernel + kind, max(K, V), k_THK.device)
     options.pop("CHUNK", None)
     for block, size in (("BLOCK_K", K), ("BLOCK_V", V)):

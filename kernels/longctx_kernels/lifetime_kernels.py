@@ -154,11 +154,18 @@ def _backward_lse(
 
 
 @triton.jit
-def _rescale(acc, total, top, weight):
-    """Weights over the largest so far of their row, and sums of such: halves hold 6e-5 to 65504."""
-    top_next = tl.maximum(top, tl.max(weight, 1))
+def _is_unbounded(pointer, NORM: tl.constexpr):
+    """Whether factors of products may leave the range of the operands' dtype, 6e-5 to 65504."""
+    is_half: tl.constexpr = pointer.dtype.element_ty == tl.float16
+    return is_half and NORM != SOFTMAX and NORM != SIGNED
+
+
+@triton.jit
+def _rescale(acc, total, top, factor):
+    """Factors over the largest of their row so far, and sums of such (acc, total)."""
+    top_next = tl.maximum(top, tl.max(tl.abs(factor), 1))
     keep = top / top_next
-    return acc * keep[:, None], total * keep, top_next, weight / top_next[:, None]
+    return acc * keep[:, None], total * keep, top_next, factor / top_next[:, None]
 
 
 @triton.jit
@@ -210,7 +217,7 @@ def _forward_step(
         # Keys beyond U have a score too; only masked blocks hold such.
         if MASKED:
             weight = tl.where(seen, weight, 0.0)
-        if v.dtype.element_ty == tl.float16:
+        if _is_unbounded(v, NORM):
             acc, total, top, weight = _rescale(acc, total, top, weight)
         if NORM == SOFTPLUS:
             total += tl.sum(weight, 1)
@@ -240,11 +247,12 @@ def _plan(ranges, plan, block, query_blocks, listed_count, listed_row, parts, LI
     if LISTED:
         count = tl.load(listed_count + listed_row) * parts
         return count * 0, count * 0, count * 0, count, count, count
-    base = ranges + (plan * query_blocks + block) * FIELDS
-    return (
-        tl.load(base), tl.load(base + 1), tl.load(base + 2),
-        tl.load(base + 3), tl.load(base + 4), tl.load(base + 5),
-    )  # fmt: skip
+    else:
+        base = ranges + (plan * query_blocks + block) * FIELDS
+        return (
+            tl.load(base), tl.load(base + 1), tl.load(base + 2),
+            tl.load(base + 3), tl.load(base + 4), tl.load(base + 5),
+        )  # fmt: skip
 
 
 @triton.jit(
@@ -297,7 +305,7 @@ def lifetime_forward_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     if NORM == SOFTMAX or NORM == SIGNED:  # noqa: SIM109
         top = total - float("inf")
-    elif v.dtype.element_ty == tl.float16:
+    elif _is_unbounded(v, NORM):
         top = total + 1e-30
     else:
         top = total + 1.0
@@ -354,8 +362,8 @@ def lifetime_delta_kernel(
 
 @triton.jit
 def _query_step(
-    dq, drow, q, dout, lse, delta, block, k, v, query_positions, key_positions, expiry, key_bias,
-    row_bias, U, scale, H: tl.constexpr, J: tl.constexpr,
+    dq, drow, top, q, dout, lse, delta, block, k, v, query_positions, key_positions, expiry,
+    key_bias, row_bias, U, scale, H: tl.constexpr, J: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, PADDED_K: tl.constexpr, PADDED_V: tl.constexpr,
     BLOCK_N: tl.constexpr, NORM: tl.constexpr, MASKED: tl.constexpr, EXPIRES: tl.constexpr,
     KEY_BIAS: tl.constexpr, QUERY_BIAS: tl.constexpr, PRECISION: tl.constexpr,
@@ -379,8 +387,10 @@ def _query_step(
     dscore = _score_gradient(weight, slope, dweight, delta[:, None], NORM)
     if QUERY_BIAS:
         drow += tl.sum(dscore, 1)
+    if _is_unbounded(k, NORM):
+        dq, _, top, dscore = _rescale(dq, top, top, dscore)
     dq = tl.dot(dscore.to(k_NK.dtype), k_NK, dq, input_precision=PRECISION)
-    return dq, drow
+    return dq, drow, top
 
 
 @triton.jit(
@@ -433,6 +443,7 @@ def lifetime_dq_kernel(
     )
     dq_MK = tl.zeros((BLOCK_M, PADDED_K), tl.float32)
     drow = tl.zeros((BLOCK_M,), tl.float32)
+    top = tl.full((BLOCK_M,), 1e-30, tl.float32)
     near = sink_stop - sink_start
     mid = near + whole_start - start
     for i in range(0, mid + stop - whole_stop):
@@ -444,18 +455,20 @@ def lifetime_dq_kernel(
         if SKIP:
             is_needed = tl.load(block_expiry + b) > first
         if is_needed:
-            dq_MK, drow = _query_step(
-                dq_MK, drow, q_MK, dout_MV, lse_M, delta_M, b, k, v, positions, key_positions,
+            dq_MK, drow, top = _query_step(
+                dq_MK, drow, top, q_MK, dout_MV, lse_M, delta_M, b, k, v, positions, key_positions,
                 expiry, key_bias, row_bias, U, scale, H, J, K, V, PADDED_K, PADDED_V, BLOCK_N,
                 NORM, True, EXPIRES, KEY_BIAS, QUERY_BIAS, PRECISION,
             )  # fmt: skip
     if not LISTED:
         for i in range(whole_start, whole_stop):
-            dq_MK, drow = _query_step(
-                dq_MK, drow, q_MK, dout_MV, lse_M, delta_M, i, k, v, positions, key_positions,
+            dq_MK, drow, top = _query_step(
+                dq_MK, drow, top, q_MK, dout_MV, lse_M, delta_M, i, k, v, positions, key_positions,
                 expiry, key_bias, row_bias, U, scale, H, J, K, V, PADDED_K, PADDED_V, BLOCK_N,
                 NORM, False, EXPIRES, KEY_BIAS, QUERY_BIAS, PRECISION,
             )  # fmt: skip
+    if _is_unbounded(k, NORM):
+        dq_MK = dq_MK * top[:, None]
     _store_tile(dq + head * K, dq_MK * scale, start_row, T, H * K, K, PADDED_K, BLOCK_M)
     if QUERY_BIAS:
         _store_numbers(dquery_bias + head, drow, start_row, T, H, BLOCK_M)
@@ -463,7 +476,7 @@ def lifetime_dq_kernel(
 
 @triton.jit
 def _key_step(
-    dk, dv, dcolumn, peak, k, v, born, dies, column_bias, block, q, dout, lse, delta,
+    dk, dv, dcolumn, dk_top, dv_top, k, v, born, dies, column_bias, block, q, dout, lse, delta,
     query_positions, query_bias, T, scale, H: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, PADDED_K: tl.constexpr, PADDED_V: tl.constexpr,
     BLOCK_M: tl.constexpr, NORM: tl.constexpr, MASKED: tl.constexpr, EXPIRES: tl.constexpr,
@@ -492,15 +505,17 @@ def _key_step(
         slope = tl.where(seen, slope, 0.0)
     # Before the gradient of scores, so that fewer tiles live at once.
     factor = weight
-    if NORM == RELU and q.dtype.element_ty == tl.float16:
-        dv, _, peak, factor = _rescale(dv, peak, peak, weight)
+    if _is_unbounded(q, NORM):
+        dv, _, dv_top, factor = _rescale(dv, dv_top, dv_top, weight)
     dv = tl.dot(factor.to(dout_MV.dtype), dout_MV, dv, input_precision=PRECISION)
     dweight = tl.dot(v, tl.trans(dout_MV), input_precision=PRECISION)
     dscore = _score_gradient(weight, slope, dweight, delta_M[None, :], NORM)
     if KEY_BIAS:
         dcolumn += tl.sum(dscore, 1)
+    if _is_unbounded(q, NORM):
+        dk, _, dk_top, dscore = _rescale(dk, dk_top, dk_top, dscore)
     dk = tl.dot(dscore.to(q_MK.dtype), q_MK, dk, input_precision=PRECISION)
-    return dk, dv, dcolumn, peak
+    return dk, dv, dcolumn, dk_top, dv_top
 
 
 @triton.jit(do_not_specialize=["T", "U", "scale", "plan_stride", "key_blocks"])
@@ -544,7 +559,8 @@ def lifetime_dkdv_kernel(
     near = whole_start - start
     dk_NK = tl.zeros((BLOCK_N, PADDED_K), tl.float32)
     dv_NV = tl.zeros((BLOCK_N, PADDED_V), tl.float32)
-    peak = tl.full((BLOCK_N,), 1e-30, tl.float32)
+    dk_top = tl.full((BLOCK_N,), 1e-30, tl.float32)
+    dv_top = dk_top
     for g in range(0, H // J):
         head = key_head * (H // J) + g
         column_bias = born * 0.0
@@ -560,23 +576,24 @@ def lifetime_dkdv_kernel(
                 b = tl.load(listed_queries + (start + i) // parts) * parts + i % parts
             else:
                 b = i + tl.where(i < near, start, whole_stop - near)
-            dk_NK, dv_NV, dcolumn, peak = _key_step(
-                dk_NK, dv_NV, dcolumn, peak, k_NK, v_NV, born, dies, column_bias, b,
+            dk_NK, dv_NV, dcolumn, dk_top, dv_top = _key_step(
+                dk_NK, dv_NV, dcolumn, dk_top, dv_top, k_NK, v_NV, born, dies, column_bias, b,
                 q + head * K, dout + head * V, lse + head, delta + head, query_positions,
                 row_bias, T, scale, H, K, V, PADDED_K, PADDED_V, BLOCK_M, NORM, True, EXPIRES,
                 KEY_BIAS, QUERY_BIAS, PRECISION,
             )  # fmt: skip
         if not LISTED:
             for i in range(whole_start, whole_stop):
-                dk_NK, dv_NV, dcolumn, peak = _key_step(
-                    dk_NK, dv_NV, dcolumn, peak, k_NK, v_NV, born, dies, column_bias, i,
+                dk_NK, dv_NV, dcolumn, dk_top, dv_top = _key_step(
+                    dk_NK, dv_NV, dcolumn, dk_top, dv_top, k_NK, v_NV, born, dies, column_bias, i,
                     q + head * K, dout + head * V, lse + head, delta + head, query_positions,
                     row_bias, T, scale, H, K, V, PADDED_K, PADDED_V, BLOCK_M, NORM, False, EXPIRES,
                     KEY_BIAS, QUERY_BIAS, PRECISION,
                 )  # fmt: skip
         if KEY_BIAS:
             _store_numbers(dkey_bias + head, dcolumn, start_row, U, H, BLOCK_N)
-    if NORM == RELU and q.dtype.element_ty == tl.float16:
-        dv_NV = dv_NV * peak[:, None]
+    if _is_unbounded(q, NORM):
+        dk_NK = dk_NK * dk_top[:, None]
+        dv_NV = dv_NV * dv_top[:, None]
     _store_tile(dk + key_head * K, dk_NK * scale, start_row, U, J * K, K, PADDED_K, BLOCK_N)
     _store_tile(dv + key_head * V, dv_NV, start_row, U, J * V, V, PADDED_V, BLOCK_N)

@@ -5,7 +5,7 @@ import triton
 from torch import Tensor
 
 from longctx_kernels import lifetime_kernels as kernels
-from longctx_kernels.launch import Options, launch, launch_options
+from longctx_kernels.launch import INTERPRETER, Options, architecture_of, launch, launch_options
 from longctx_kernels.score import Gradients, Score
 from longctx_kernels.sight import Sight
 
@@ -128,11 +128,12 @@ def _options(kernel: str, operands: Operands, sight: Sight, score: Score) -> Opt
     q_THK, _, v_UJV = operands
     K, V = q_THK.shape[-1], v_UJV.shape[-1]
     is_fp32 = q_THK.dtype == torch.float32
-    # Operands of twice the bytes take the tiles of heads of twice the size.
-    size = min(256, max(K, V) * (2 if is_fp32 else 1))
-    options = launch_options(kernel, size, q_THK.device)
-    if sight.blocks is not None:
-        options |= {x: min(options[x], sight.block_size) for x in ("BLOCK_M", "BLOCK_N")}
+    options = launch_options(kernel, max(K, V), q_THK.device)
+    most = min(128, sight.block_size or 128)
+    if is_fp32 and architecture_of(q_THK.device) != INTERPRETER:
+        # Exact products are unrolled into registers, not given to tensor cores.
+        most = min(most, 32 if max(K, V) <= 64 else 16)
+    options |= {x: min(options[x], most) for x in ("BLOCK_M", "BLOCK_N")}
     return options | {
         "H": q_THK.shape[1],
         "J": v_UJV.shape[1],
@@ -146,7 +147,7 @@ def _options(kernel: str, operands: Operands, sight: Sight, score: Score) -> Opt
         "SKIP": sight.expires_by_head and sight.blocks is None,
         "KEY_BIAS": score.key_bias_UH is not None,
         "QUERY_BIAS": score.query_bias_TH is not None,
-        "LISTED": sight.block_size if sight.blocks is not None else 0,
+        "LISTED": 0 if sight.blocks is None else sight.block_size,
         "PRECISION": "ieee" if is_fp32 else "tf32",
     }
 

@@ -1,0 +1,169 @@
+"""Calls that make every launch there is: to compile them ahead of time, and to tune them."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from longctx_kernels import decay_triton as decay
+from longctx_kernels import lifetime_attention as lifetime
+from longctx_kernels.launch import Launch, Options, recording
+from longctx_kernels.score import NORMALISERS, Score
+from longctx_kernels.sight import Sight
+
+SIZES = {torch.bfloat16: (64, 128, 256), torch.float32: (64,)}
+"""Head sizes that are compiled, by dtype of the operands."""
+
+TOKENS, H, J, SCALE = 16384, 16, 4, 0.125
+WINDOW, BLOCK = 4096, 64
+
+
+@dataclass(frozen=True)
+class Call:
+    """Forward and backward of one op; `prepare(head size, dtype, device, tokens)` gives a run."""
+
+    name: str
+    prepare: Callable[[int, torch.dtype, torch.device, int], Callable[[], None]]
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """A launch that some call makes."""
+
+    call: str
+    size: int
+    dtype: torch.dtype
+    launch: Launch
+
+
+def calls() -> Iterator[Call]:
+    """All of them."""
+    for gate in decay.GATES:
+        yield Call(f"decay {gate}", lambda *a, gate=gate: _decay(gate, *a))
+    for sight in ("causal", "window", "per-head expiry", "blocks"):
+        yield Call(f"lifetime {sight}", lambda *a, sight=sight: _lifetime(sight, "softmax", *a))
+    for normaliser in NORMALISERS[1:]:
+        yield Call(f"lifetime {normaliser}", lambda *a, n=normaliser: _lifetime("causal", n, *a))
+    yield Call("lifetime biases", lambda *a: _lifetime("window", "softmax", *a, biased=True))
+
+
+@cache
+def specimens(architecture: str) -> tuple[Specimen, ...]:
+    """Launches that differ in machine code, with the options of the architecture's tables."""
+    from longctx_kernels.ahead import launch_key
+
+    found: dict[str, Specimen] = {}
+    for dtype, sizes in SIZES.items():
+        for size in sizes:
+            for call in calls():
+                run = call.prepare(size, dtype, torch.device("meta"), TOKENS)
+                with recording(architecture) as launches:
+                    run()
+                for launch in launches:
+                    found.setdefault(launch_key(launch), Specimen(call.name, size, dtype, launch))
+    return tuple(found.values())
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A call that stands for an entry of the tables."""
+
+    call: Call
+    size: int
+    dtype: torch.dtype
+
+    def on(self, device: str) -> Callable[[], None]:
+        """A run on that device."""
+        return self.call.prepare(self.size, self.dtype, torch.device(device), TOKENS)
+
+
+def subject_of(
+    architecture: str, kernels: dict[str, dict[str, Options]], kernel: str, size: str
+) -> Subject:
+    """The first call with heads of that size that reads the entry."""
+    read = []
+
+    class Watched(dict):
+        def __getitem__(self, key):
+            read.append(key)
+            return super().__getitem__(key)
+
+    kept = kernels[kernel]
+    try:
+        kernels[kernel] = Watched(kept)
+        for dtype, call in itertools.product(SIZES, calls()):
+            subject = Subject(call, int(size), dtype)
+            with recording(architecture):
+                subject.on("meta")()
+            if size in read:
+                return subject
+    finally:
+        kernels[kernel] = kept
+    raise LookupError(f"no call reads {kernel} {size} for {architecture}")
+
+
+def _decay(
+    gate: str, D: int, dtype: torch.dtype, device: torch.device, T: int
+) -> Callable[[], None]:
+    cuts = (0, T)
+    q, k, v, dout = (_random(T, H, D, dtype=dtype, device=device) for _ in range(4))
+    shape = {"constant": (H,), "scalar": (T, H), "diagonal": (T, H, D)}[gate]
+    g = -torch.rand(shape, device=device) / 8
+    edge = _random(1, H, D, D, dtype=torch.float32, device=device)
+    # With an edge, only the scan is another kernel: on a GPU, where runs are timed, it is left out.
+    edges = (None, edge) if device.type == "meta" else (None,)
+
+    def run() -> None:
+        for state in edges:
+            starts, _ = decay.state_pass(k, v, g, cuts, state)
+            _, saved = decay.output_pass(q, k, v, g, SCALE, cuts, starts)
+            ends, _ = decay.dstate_pass(q, dout, g, SCALE, cuts, state)
+            decay.gradient_pass(q, k, v, g, SCALE, cuts, dout, saved, ends)
+
+    return run
+
+
+def _lifetime(
+    sight: str,
+    normaliser: str,
+    D: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    T: int,
+    biased: bool = False,
+) -> Callable[[], None]:
+    q, dout = (_random(T, H, D, dtype=dtype, device=device) for _ in range(2))
+    k, v = (_random(T, J, D, dtype=dtype, device=device) for _ in range(2))
+    biases = (None, None)
+    if biased:
+        biases = tuple(_random(T, H, dtype=torch.float32, device=device) for _ in range(2))
+    score = Score(SCALE, normaliser, *biases)
+
+    def run() -> None:
+        seen = _sight(sight, T, device)
+        results = lifetime.lifetime_forward(q, k, v, seen, score, backend="triton")
+        dlse = results[1] if biased else None
+        lifetime.lifetime_backward(dout, dlse, (q, k, v), results, seen, score, backend="triton")
+
+    return run
+
+
+def _sight(kind: str, T: int, device: torch.device) -> Sight:
+    positions = torch.arange(T, dtype=torch.int32, device=device)
+    if kind == "causal":
+        return Sight(positions, positions)
+    if kind == "window":
+        return Sight(positions, positions, positions + WINDOW)
+    if kind == "per-head expiry":
+        lives = torch.arange(1, J + 1, dtype=torch.int32, device=device)[:, None] * (WINDOW // J)
+        return Sight(positions, positions, positions + lives)
+    own = torch.arange(T // BLOCK, dtype=torch.int32, device=device)
+    back = torch.arange(16, dtype=torch.int32, device=device)
+    return Sight(positions, positions, None, (own[:, None] - back)[None], BLOCK)
+
+
+def _random(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.randn(shape, device=device).to(dtype)
