@@ -81,7 +81,7 @@ GPU_PYTHON ?= $(BIN)/python
 gpu: ## check every kernel on this machine's GPU, then time it beside its peers; under 8 minutes
 	$(GPU_PYTHON) kernels/bench/gpu.py
 
-ahead: $(STAMPS)/dev ## compile every kernel for GPUs that are not here; half an hour
+ahead: $(STAMPS)/dev ## compile every kernel for GPUs that are not here; about 6 minutes
 	PYTHONPATH=kernels $(BIN)/python -m longctx_kernels.ahead --out docs/results/kernels-ahead.md
 
 golden: $(STAMPS)/dev ## regenerate tests/golden; review what it changes

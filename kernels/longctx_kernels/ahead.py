@@ -227,7 +227,7 @@ def _row(result: Result) -> str:
     if result.compiled is None:
         return f"| {' | '.join((*start, '', '', '', '', result.error.replace('|', '/')))} |"
     c = result.compiled
-    tiles = [f"{k} {v}" for k, v in c.options.items() if k.startswith(("BLOCK", "SPLIT", "LISTED"))]
+    tiles = [f"{k} {v}" for k, v in c.options.items() if k.startswith(("BLOCK", "LISTED"))]
     tiles += [f"{c.options['num_warps']} warps", f"{c.options['num_stages']} stages"]
     counts = ", ".join(f"{count} {name}" for name, count in c.instructions.items())
     numbers = (str(c.registers), str(c.spilled_bytes), f"{c.shared_bytes / 1024:.1f}")

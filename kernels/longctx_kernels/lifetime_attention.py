@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from longctx_kernels import lifetime_torch, lifetime_triton
+from longctx_kernels import lifetime_torch
 from longctx_kernels.launch import backend_of
 from longctx_kernels.score import NORMALISERS, Gradients, Score, wide_dtype
 from longctx_kernels.sight import NEVER, Sight
@@ -50,7 +50,11 @@ def lifetime_backward(
 
 def _path(q_THK: Tensor, backend: str) -> ModuleType:
     """The module that computes."""
-    return lifetime_triton if backend_of(q_THK, backend) == "triton" else lifetime_torch
+    if backend_of(q_THK, backend) != "triton":
+        return lifetime_torch
+    from longctx_kernels import lifetime_triton
+
+    return lifetime_triton
 
 
 def merge(

@@ -22,7 +22,7 @@ from longctx_kernels.specimens import Subject, subject_of
 GAIN = 0.98
 """A candidate must take less than this share of the time of the best one so far."""
 
-CHOICES = {"num_warps": (2, 4, 8), "num_stages": (1, 2, 3, 4), "SPLIT": (0, 1)}
+CHOICES = {"num_warps": (2, 4, 8), "num_stages": (1, 2, 3, 4)}
 SMALLEST_TILE = 16
 
 

@@ -46,7 +46,7 @@ def test_other_documents_do_not_compile_again(config):
     torch._dynamo.reset()
     graphs = []
 
-    def count(graph, inputs):
+    def count(graph, _):
         graphs.append(graph)
         return graph
 

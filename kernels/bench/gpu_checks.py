@@ -1,0 +1,268 @@
+"""Correctness of every op that the GPU bench times: outputs and all gradients against fp64."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from longctx_kernels.blocklist import flash_blocklist
+from longctx_kernels.decay_attention import decay_attention, decay_attention_reference
+from longctx_kernels.launch import is_interpreted
+from longctx_kernels.lifetime_attention import NORMALISERS, flash_lifetime
+from torch import Tensor
+
+TOLERANCE = {"bf16": 5e-3, "fp16": 1e-3, "fp32": 1e-5}
+"""Most root-mean-square error, as a share of that of the reference."""
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DEFINITION = "definition"
+LONGEST_DEFINITION = 128
+NEVER = 2**31 - 1
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An op, inputs that have gradients, and a call from (inputs, backend) to outputs."""
+
+    op: str
+    name: str
+    inputs: Tensors
+    call: Callable[[Tensors, str], Tensors]
+    reference: str = "torch"
+
+
+@dataclass(frozen=True)
+class Check:
+    """Errors of outputs and gradients by name; `trouble` if there are none."""
+
+    op: str
+    name: str
+    precision: str
+    errors: dict[str, float] = field(default_factory=dict)
+    trouble: str = ""
+
+    @property
+    def worst(self) -> float:
+        """Largest of the errors."""
+        return max(self.errors.values(), default=float("inf"))
+
+    @property
+    def is_green(self) -> bool:
+        """Within the tolerance; NaN is not."""
+        return not self.trouble and self.worst <= TOLERANCE[self.precision]
+
+    def __str__(self) -> str:
+        name = max(self.errors, key=self.errors.get, default="nothing")
+        what = self.trouble or f"{name} off by {self.worst:.1e} (allowed "
+        what += "" if self.trouble else f"{TOLERANCE[self.precision]:.0e})"
+        return f"{self.op}, {self.name}, {self.precision}: {what}"
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """RMS error over RMS of the reference; infinite for NaN or a wrong shape."""
+    if actual.shape != expected.shape or not torch.isfinite(actual).all():
+        return float("inf")
+    expected = expected.double()
+    error = (actual.double() - expected).square().mean().sqrt().item()
+    size = expected.square().mean().sqrt().item()
+    return error / size if size else (float("inf") if error else 0.0)
+
+
+def evaluate(problem: Problem, inputs: Tensors, backend: str, douts: Tensors) -> Tensors:
+    """Outputs and gradients by name; `douts` gets the cotangents that it lacks."""
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    outs = problem.call(leaves, backend)
+    for name, out in outs.items():
+        if name not in douts:
+            douts[name] = torch.randn_like(out)
+    cotangents = [douts[name].to(out.dtype) for name, out in outs.items()]
+    grads = torch.autograd.grad(list(outs.values()), list(leaves.values()), cotangents)
+    named = {f"d{name}": grad for name, grad in zip(leaves, grads)}
+    return {name: out.detach() for name, out in outs.items()} | named
+
+
+def check(problem: Problem, precision: str) -> Check:
+    """Runs the problem twice, over memory full of NaN, and compares."""
+    about = (problem.op, problem.name, precision)
+    try:
+        douts: Tensors = {}
+        with poisoned():
+            actual = evaluate(problem, problem.inputs, "auto", douts)
+            again = evaluate(problem, problem.inputs, "auto", douts)
+        inputs = {name: x.double() for name, x in problem.inputs.items()}
+        expected = evaluate(problem, inputs, problem.reference, douts)
+    except Exception as error:  # whatever the compiler or the device raises makes the op red
+        return Check(*about, trouble=f"{type(error).__name__}: {str(error)[:300]}")
+    errors = {name: relative_error(actual[name], expected[name]) for name in expected}
+    # No kernel adds in an order that varies: a result that moves by more than a last digit here and
+    # there (torch's running sums may) is a race.
+    still = TOLERANCE[precision] / 100
+    moved = [name for name in actual if not relative_error(again[name], actual[name]) <= still]
+    trouble = f"{', '.join(moved)} differ between two runs" if moved else ""
+    return Check(*about, errors, trouble)
+
+
+def run_checks(device: torch.device, tiny: bool) -> Iterator[Check]:
+    """Every problem in every dtype that this machine computes rightly."""
+    started = time.perf_counter()
+    for number, make in enumerate(problems(device, tiny), start=1):
+        for precision in precisions():
+            yield check(make(DTYPES[precision]), precision)
+        if number % 10 == 0:
+            seconds = time.perf_counter() - started
+            print(f"  {number} problems, {seconds:.0f} s", file=sys.stderr, flush=True)
+
+
+def precisions() -> list[str]:
+    """Triton's interpreter computes bf16 wrongly."""
+    return [name for name in TOLERANCE if not (name == "bf16" and is_interpreted())]
+
+
+def problems(device: torch.device, tiny: bool) -> list[Callable[[torch.dtype], Problem]]:
+    """Makers of problems, for a dtype."""
+    made: list[Callable[[torch.dtype], Problem]] = []
+    cuts = (0, 1, 17, 40, 70) if tiny else (0, 1, 64, 128, 500, 517, 1000)
+    T = cuts[-1]
+    shapes = ((2, 33, 2, 16, 16, None), (1, T, 2, 12, 20, cuts))
+    if not tiny:
+        shapes = (
+            (2, T, 4, 128, 128, None),
+            (1, 63, 2, 64, 64, None),
+            (1, T, 3, 100, 60, cuts),
+            (1, 515, 2, 256, 256, None),
+        )
+    for gate in ("constant", "scalar", "diagonal"):
+        made += [partial(_decay, gate, shape, device) for shape in shapes]
+    small, sights = (16 if tiny else 64), ("causal", "window", "packed", "per-head expiry")
+    sizes = (small,) if tiny else (64, 128, 256)
+    wide = {(sight, "softmax"): (128, 256) for sight in (*sights, "ranges")}
+    shown = ("softmax", "sigmoid") if tiny else NORMALISERS
+    made += [
+        partial(_lifetime, sight, normaliser, (T, D), device)
+        for sight in (*sights, "sinks", "ranges", "biases")
+        for normaliser in shown
+        for D in sizes
+        if D in (small, *wide.get((sight, normaliser), ()))
+    ]
+    made += [partial(_blocklist, normaliser, (T, small), device) for normaliser in shown]
+    return made if tiny else [*made, partial(_blocklist, "softmax", (T, 128), device)]
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """New memory holds NaN, so that a result nobody wrote shows."""
+
+    def poison(make):
+        def call(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+        return call
+
+    kept = torch.empty, torch.empty_like, torch.Tensor.new_empty
+    torch.empty, torch.empty_like, torch.Tensor.new_empty = map(poison, kept)
+    try:
+        yield
+    finally:
+        torch.empty, torch.empty_like, torch.Tensor.new_empty = kept
+
+
+def _decay(gate: str, shape, device, dtype) -> Problem:
+    B, T, H, K, V, cuts = shape
+    random = partial(_random, dtype=dtype, device=device)
+    inputs = {"q": random(B, T, H, K), "k": random(B, T, H, K), "v": random(B, T, H, V)}
+    N = B if cuts is None else len(cuts) - 1
+    inputs["initial"] = _random(N, H, K, V, dtype=torch.float32, device=device)
+    gamma_H = -(2.0 ** (-8.0 * torch.arange(1, H + 1, device=device) / H))
+    if gate != "constant":
+        gate_shape = (B, T, H) if gate == "scalar" else (B, T, H, K)
+        inputs["g"] = -torch.rand(gate_shape, device=device) * torch.rand(gate_shape, device=device)
+    cu_seqlens = None if cuts is None else torch.tensor(cuts)
+    name = {"constant": "g_gamma", "scalar": "g", "diagonal": "gk"}[gate]
+
+    def call(x: Tensors, backend: str) -> Tensors:
+        op = partial(decay_attention, backend=backend)
+        if backend == DEFINITION:
+            op = decay_attention_reference
+        out, final = op(
+            *(x["q"], x["k"], x["v"]),
+            **{name: x.get("g", gamma_H)},
+            initial_state=x["initial"],
+            output_final_state=True,
+            cu_seqlens=cu_seqlens,
+        )
+        return {"out": out, "final": final}
+
+    about = f"B{B} T{T} H{H} K{K} V{V}" + (", packed" if cuts else "")
+    reference = DEFINITION if T <= LONGEST_DEFINITION else "torch"
+    return Problem(f"decay {gate}", about, inputs, call, reference)
+
+
+def _lifetime(sight: str, normaliser: str, size, device, dtype) -> Problem:
+    (T, D), H, J = size, 4, 2
+    B = 2 if sight == "causal" else 1
+    U = T // 2 + 1 if sight == "ranges" else T
+    inputs = {
+        "q": _random(B, T, H, D, dtype=dtype, device=device),
+        "k": _random(B, U, J, D, dtype=dtype, device=device),
+        "v": _random(B, U, J, D, dtype=dtype, device=device),
+    }
+    if sight == "biases":
+        inputs["key_bias"] = _random(B, U, H, dtype=torch.float32, device=device)
+        inputs["query_bias"] = _random(B, T, H, dtype=torch.float32, device=device)
+    fixed = {"normaliser": normaliser, "expiry": _expiry(sight, B, U, J, device)}
+    if sight == "ranges":
+        # Keys of one part of a sequence, met by queries of a later part.
+        fixed["query_positions"] = torch.arange(T, dtype=torch.int32, device=device)[None] + U // 2
+        fixed["key_positions"] = torch.arange(U, dtype=torch.int32, device=device)[None]
+
+    def call(x: Tensors, backend: str) -> Tensors:
+        out, lse = flash_lifetime(**x, **fixed, backend=backend)
+        return {"out": out, "lse": lse.masked_fill(lse == -torch.inf, 0.0)}
+
+    about = f"{sight}, {normaliser}, B{B} T{T} U{U} H{H}/{J} D{D}"
+    return Problem("lifetime", about, inputs, call)
+
+
+def _expiry(sight: str, B: int, U: int, J: int, device) -> Tensor | None:
+    born = torch.arange(U, dtype=torch.int32, device=device)[None]
+    window = max(U // 7, 3)
+    if sight in ("window", "biases"):
+        return born + window
+    if sight == "sinks":
+        return torch.where(born < 4, NEVER, born + window)
+    if sight == "packed":
+        return torch.where(born < U // 3, U // 3, U).to(torch.int32)
+    if sight == "per-head expiry":
+        lives = torch.randint(1, U, (B, U, J), dtype=torch.int32, device=device)
+        return born[..., None] + lives
+    return None
+
+
+def _blocklist(normaliser: str, size, device, dtype) -> Problem:
+    (T, D), H, J = size, 4, 2
+    block_size = 16 if T < 128 else 64
+    count = -(-T // block_size)
+    inputs = {
+        name: _random(1, T, heads, D, dtype=dtype, device=device)
+        for name, heads in (("q", H), ("k", J), ("v", J))
+    }
+    own = torch.arange(count, device=device)[None, :, None].expand(J, -1, 1)
+    others = torch.randint(-1, count, (J, count, 3), device=device)
+    blocks = torch.cat([own, others], -1).to(torch.int32)
+
+    def call(x: Tensors, backend: str) -> Tensors:
+        out, lse = flash_blocklist(
+            **x, blocks=blocks, block_size=block_size, normaliser=normaliser, backend=backend
+        )
+        return {"out": out, "lse": lse.masked_fill(lse == -torch.inf, 0.0)}
+
+    return Problem("blocklist", f"{normaliser}, T{T} H{H}/{J} D{D}", inputs, call)
+
+
+def _random(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.randn(shape, device=device).to(dtype)

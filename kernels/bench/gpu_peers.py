@@ -1,0 +1,80 @@
+"""The peers of the GPU bench: flash-linear-attention, and torch's FlashAttention-2."""
+
+import atexit
+import shutil
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from gpu_checks import Tensors
+from report import version
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+LAYER, LAYERS = 2, 12
+Peer = Callable[[Tensors], Tensor]
+
+
+def unpack_wheels(folder: Path) -> list[str]:
+    """Makes the wheels in a folder importable; their names. Triton reads sources from files."""
+    wheels = sorted(folder.glob("*.whl")) if folder.is_dir() else []
+    if wheels:
+        target = tempfile.mkdtemp(prefix="wheels-")
+        atexit.register(shutil.rmtree, target, ignore_errors=True)
+        for wheel in wheels:
+            zipfile.ZipFile(wheel).extractall(target)
+        sys.path.append(target)
+    return [wheel.name for wheel in wheels]
+
+
+def fla_version() -> str:
+    """Of the installed or carried fla-core, or ""."""
+    return version("fla-core")
+
+
+def lightning_gamma(H: int, device: torch.device) -> Tensor:
+    """Decays that `chunk_lightning_attn` makes for one of its layers."""
+    return -(8 / H * (1 - LAYER / LAYERS)) * torch.arange(H, dtype=torch.float32, device=device)
+
+
+def decay_peers(gate: str, gamma_H: Tensor) -> dict[str, Peer]:
+    """fla's ops for a kind of gate, if it can be used here; each imports what it needs itself."""
+    if not fla_version() or gamma_H.device.type != "cuda":
+        return {}
+    return {
+        "constant": {
+            "fla simple_gla": lambda x: _simple_gla(x, g_gamma=gamma_H),
+            "fla lightning": _lightning,
+        },
+        "scalar": {"fla simple_gla": lambda x: _simple_gla(x, g=x["g"])},
+        "diagonal": {"fla gla": _gla},
+    }[gate]
+
+
+def _simple_gla(x: Tensors, **gate: Tensor) -> Tensor:
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    return chunk_simple_gla(x["q"], x["k"], x["v"], **gate)[0]
+
+
+def _lightning(x: Tensors) -> Tensor:
+    from fla.ops.lightning_attn import chunk_lightning_attn
+
+    return chunk_lightning_attn(x["q"], x["k"], x["v"], LAYER, LAYERS)[0]
+
+
+def _gla(x: Tensors) -> Tensor:
+    from fla.ops.gla import chunk_gla
+
+    return chunk_gla(x["q"], x["k"], x["v"], g=x["g"])[0]
+
+
+def sdpa(x: Tensors) -> Tensor:
+    """Causal attention `[B, T, H, D]` by torch's FlashAttention-2 kernels."""
+    q, k, v = (x[name].transpose(1, 2) for name in "qkv")
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
