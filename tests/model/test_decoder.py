@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from longctx.mixers.linear import LinearConfig
@@ -85,3 +86,18 @@ def test_flops_add_up_over_kinds_of_layers():
     assert set(flops) == {"linear", "moh", "mlp", "head"}
     assert flops["head"] == 2 * 10 * VOCABULARY * 32
     assert flops["mlp"] == 2 * 10 * sum(p.numel() for b in model.blocks for p in b.mlp.parameters())
+
+
+@pytest.mark.parametrize("layer", [0, 2], ids=["linear", "moh of softmax"])
+def test_a_block_compiles_without_graph_breaks_and_equals_eager(layer):
+    block = build(hybrid()).blocks[layer]
+    view = LocalView(((0,), (0, 13)), 40).at(layer)
+    x_BTD = torch.randn(2, 40, 32, generator=torch.Generator().manual_seed(0)).double()
+    torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    gradients = []
+    for call in (block, compiled):
+        leaf_BTD = x_BTD.clone().requires_grad_()
+        call(leaf_BTD, view)[0].square().sum().backward()
+        gradients.append(leaf_BTD.grad)
+    assert torch.equal(*gradients)
