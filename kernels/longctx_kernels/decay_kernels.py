@@ -238,8 +238,8 @@ def decay_states(
     V: tl.constexpr,
 ):
     """Each chunk's own state, from zero; REVERSE: the gradient of the state entering it."""
-    tiles_v: tl.constexpr = tl.cdiv(V, BLOCK_V)
-    parts: tl.constexpr = tl.cdiv(K, BLOCK_K) * tiles_v
+    tiles_v: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+    parts: tl.constexpr = ((K + BLOCK_K - 1) // BLOCK_K) * tiles_v
     # Tiles of one chunk are neighbours in time: they read the same tokens.
     chunk = tl.program_id(0) // parts
     part = tl.program_id(0) % parts
@@ -376,7 +376,7 @@ def decay_outputs(
     V: tl.constexpr,
 ):
     """Outputs of a chunk: what its tokens read from the running state and from their tile."""
-    parts: tl.constexpr = tl.cdiv(V, BLOCK_V)
+    parts: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     chunk = tl.program_id(0) // parts
     h = tl.program_id(1)
     start = tl.load(chunks + chunk * 3)
@@ -419,8 +419,8 @@ def decay_gradients(
     V: tl.constexpr,
 ):
     """Gradients of a chunk: a program makes BLOCK_K columns of dq or of dk, or BLOCK_V of dv."""
-    tiles_k: tl.constexpr = tl.cdiv(K, BLOCK_K)
-    parts: tl.constexpr = 2 * tiles_k + tl.cdiv(V, BLOCK_V)
+    tiles_k: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    parts: tl.constexpr = 2 * tiles_k + ((V + BLOCK_V - 1) // BLOCK_V)
     chunk = tl.program_id(0) // parts
     part = tl.program_id(0) % parts
     h = tl.program_id(1)

@@ -213,3 +213,11 @@ def test_what_cannot_be_compiled_is_no_candidate():
         assert tune.spilled_bytes("sm_90", "decay_states", subject) == float("inf")
     finally:
         table["64"] = shipped
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
+def test_constants_are_computed_with_plain_operators(path):
+    """Triton 3.6 cannot multiply a constant by what `tl.cdiv` makes of constants."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation) == "tl.constexpr":
+            assert "tl.cdiv" not in ast.unparse(node.value), f"{path.name}:{node.lineno}"
