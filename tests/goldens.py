@@ -14,7 +14,7 @@ import torch
 from longctx.config import to_toml
 from longctx.mixers import MixerConfig
 from longctx.model.decoder import Decoder, initialise
-from longctx.sequence.view import LocalView
+from longctx.sequence.local import LocalView
 from longctx.train.optim import build_optimizer, clip_gradients, learning_rate
 from longctx.train.settings import Settings, load_settings
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from longctx.mixers import Mixer, Place
 from longctx.model.decoder import Decoder, ModelConfig, initialise
-from longctx.sequence.view import LocalView
+from longctx.sequence.local import LocalView
 
 TOLERANCE = 1e-10
 TOKENS = 560

@@ -12,7 +12,7 @@ from timing import Timing, interleave, note
 
 from longctx.config import decode
 from longctx.mixers import Mixer, MixerConfig, Place
-from longctx.sequence.view import LocalView
+from longctx.sequence.local import LocalView
 
 MAX_GROWTH = 1.20
 DEPTH = 4

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from longctx.config import Registered
 from longctx.errors import InputError
 from longctx.sequence.expected import Expected, Share
+from longctx.sequence.local import ContinuedView, LocalView
 from longctx.sequence.sharded import Transports
-from longctx.sequence.view import LocalView, SequenceView
+from longctx.sequence.view import SequenceView
 
 Backend = Literal["auto", "torch", "triton", "fla"]
 
@@ -178,10 +179,15 @@ class Mixer(nn.Module, ABC):
         return Mixed(self.output(y_BTHV), self.losses(projected, view))
 
     def step(self, x_BTD: Tensor, view: LocalView, memory: Any) -> tuple[Tensor, Any]:
-        """Continues a sequence: output for its next tokens, and the memory after them."""
+        """Continues a sequence: output for its next tokens, and the memory after them.
+
+        The memory is what tokens to come see of their neighbours, and that of the core.
+        """
+        neighbours, core_memory = memory or ((), None)
+        view = ContinuedView(view, neighbours)
         projected = self.project(x_BTD, view)
-        y_BTHV, memory = self.advance(projected, memory)
-        return self.output(self.read(y_BTHV, projected)), memory
+        y_BTHV, core_memory = self.advance(projected, core_memory)
+        return self.output(self.read(y_BTHV, projected)), (view.kept, core_memory)
 
     def flops(self, contexts_M: Tensor) -> int:
         """Forward FLOPs of projections and core; what a kernel does beyond that does not count."""

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from longctx.errors import InputError
 from longctx.mixers.base import HeadsConfig, Mixer, Place, RMSNorm, split_heads
 from longctx.sequence.expected import Expected, Share, Sizes, decay_traffic
+from longctx.sequence.local import LocalView
 from longctx.sequence.sharded import Transports
-from longctx.sequence.view import LocalView, SequenceView, one_row
+from longctx.sequence.view import SequenceView, one_row
 
 
 class FeatureMap(NamedTuple):

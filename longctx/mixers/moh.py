@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from longctx.errors import InputError
 from longctx.mixers.base import Backend, Mixer, MixerConfig, Place
 from longctx.sequence.expected import Expected, Share, combined, reduce_traffic
+from longctx.sequence.local import LocalView
 from longctx.sequence.sharded import Transports
-from longctx.sequence.view import LocalView, SequenceView
+from longctx.sequence.view import SequenceView
 
 
 @dataclass(frozen=True, kw_only=True)

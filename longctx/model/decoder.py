@@ -12,7 +12,8 @@ from longctx.mixers import Mixer, MixerConfig, Place
 from longctx.mixers.base import Backend, RMSNorm
 from longctx.model.layers import SwiGLU
 from longctx.model.loss import linear_cross_entropy
-from longctx.sequence.view import LocalView, SequenceView
+from longctx.sequence.local import LocalView
+from longctx.sequence.view import SequenceView
 
 
 @dataclass(frozen=True, kw_only=True)

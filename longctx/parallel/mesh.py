@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from longctx.parallel.config import Split
 from longctx.sequence.c10d import ProcessGroup
 from longctx.sequence.ledger import Label, Ledger
+from longctx.sequence.local import LocalView
 from longctx.sequence.plan import Documents, Plan
 from longctx.sequence.sharded import Links, ShardedView
-from longctx.sequence.view import LocalView, SequenceView
+from longctx.sequence.view import SequenceView
 
 OUTSIDE_LAYERS = -1
 

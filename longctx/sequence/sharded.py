@@ -16,9 +16,10 @@ from longctx.sequence.decay_core import Exchange, sharded_decay_attention
 from longctx.sequence.halo import Halo, HaloPlan
 from longctx.sequence.heads import HeadTrade
 from longctx.sequence.ledger import Label
+from longctx.sequence.local import LocalView
 from longctx.sequence.plan import Plan
 from longctx.sequence.sights import attend_seen, halo_sight
-from longctx.sequence.view import LocalView, SequenceView
+from longctx.sequence.view import SequenceView
 
 SCAN_BLOCKS = 4
 

@@ -17,10 +17,10 @@ from longctx.mixers import Mixer, MixerConfig, Place
 from longctx.mixers.linear import LinearConfig
 from longctx.mixers.softmax import SoftmaxConfig
 from longctx.sequence.ledger import Ledger
+from longctx.sequence.local import LocalView
 from longctx.sequence.placement import place
 from longctx.sequence.plan import Plan
 from longctx.sequence.sharded import ShardedView, Transports
-from longctx.sequence.view import LocalView
 from tests.cluster.hosts import TwoHosts, missing
 from tests.sequence.links import gloo_links
 

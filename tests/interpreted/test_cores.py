@@ -6,8 +6,9 @@ import pytest
 import torch
 from longctx_kernels.launch import is_interpreted
 
+from longctx.sequence.local import LocalView
 from longctx.sequence.sharded import Transports
-from longctx.sequence.view import LocalView, SequenceView
+from longctx.sequence.view import SequenceView
 from tests.sequence.cases import Case, Setting, Values, errors, run_simulated, run_whole
 from tests.tolerances import LARGEST_ERROR
 

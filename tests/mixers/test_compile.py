@@ -5,11 +5,11 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from longctx.sequence.ledger import Ledger
+from longctx.sequence.local import LocalView
 from longctx.sequence.placement import place
 from longctx.sequence.plan import Plan
 from longctx.sequence.sharded import ShardedView, Transports
 from longctx.sequence.simulator import Hub
-from longctx.sequence.view import LocalView
 from tests.mixers.test_every_mixer import (
     CUTS,
     build,

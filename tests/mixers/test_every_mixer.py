@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from longctx.mixers import MixerConfig
-from longctx.sequence.view import LocalView
+from longctx.sequence.local import LocalView
 from tests.mixers.examples import PLACE, VARIANTS, WIDTH, all_variants
 from tests.tolerances import assert_close
 

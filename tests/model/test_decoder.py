@@ -5,7 +5,7 @@ from longctx.mixers.linear import LinearConfig
 from longctx.mixers.moh import MoHConfig
 from longctx.mixers.softmax import SoftmaxConfig
 from longctx.model.decoder import Decoder, ModelConfig, initialise
-from longctx.sequence.view import LocalView
+from longctx.sequence.local import LocalView
 from tests.tolerances import assert_close
 
 VOCABULARY = 50

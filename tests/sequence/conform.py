@@ -11,10 +11,11 @@ from longctx.mixers import Mixer
 from longctx.model.decoder import Decoder, ModelConfig
 from longctx.model.loss import IGNORE
 from longctx.sequence.ledger import Ledger
+from longctx.sequence.local import LocalView
 from longctx.sequence.plan import Documents, Plan
 from longctx.sequence.sharded import ShardedView
 from longctx.sequence.simulator import Hub, run_ranks
-from longctx.sequence.view import LocalView, SequenceView
+from longctx.sequence.view import SequenceView
 from tests.mixers.examples import WIDTH
 from tests.mixers.test_every_mixer import build
 from tests.sequence.links import simulated_links

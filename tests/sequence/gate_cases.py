@@ -6,7 +6,7 @@ from torch import Tensor
 
 from longctx.sequence.expected import WIDTHS, Gate, Share, Sizes, decay_traffic
 from longctx.sequence.ledger import Label, Traffic
-from longctx.sequence.view import LocalView
+from longctx.sequence.local import LocalView
 from tests.sequence.cases import LAYER, Case, Setting, Shard, Values
 
 HEADS, KEY, VALUE = 4, 3, 5

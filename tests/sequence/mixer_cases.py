@@ -5,7 +5,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from longctx.mixers import MixerConfig
-from longctx.sequence.view import LocalView, SequenceView
+from longctx.sequence.local import LocalView
+from longctx.sequence.view import SequenceView
 from tests.mixers.examples import WIDTH, all_variants
 from tests.mixers.test_every_mixer import build
 from tests.sequence.cases import Case, Setting, Shard, Values

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from longctx.sequence.ledger import Ledger
+from longctx.sequence.local import LocalView
 from longctx.sequence.placement import place
 from longctx.sequence.plan import Plan
 from longctx.sequence.sharded import ShardedView, Transports
 from longctx.sequence.simulator import run_ranks
 from longctx.sequence.verbs import AFFINE
-from longctx.sequence.view import LocalView, SequenceView
+from longctx.sequence.view import SequenceView
 from tests.sequence.links import simulated_links
 from tests.tolerances import assert_close
 
