@@ -121,7 +121,11 @@ class HeadsConfig(MixerConfig):
 
 
 class Mixer(nn.Module, ABC):
-    """A token mixer with heads; forward returns Mixed."""
+    """A token mixer with heads; forward returns Mixed.
+
+    A model draws its matrices. A module whose parameters start otherwise has a method
+    `initial(name, generator)` that returns a parameter's first value, or None.
+    """
 
     num_heads: int
     causal_selection: bool = True

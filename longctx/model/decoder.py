@@ -163,15 +163,22 @@ class Decoder(nn.Module):
 
 @torch.no_grad()
 def initialise(model: Decoder, seed: int) -> None:
-    """Draws every matrix from a generator keyed by seed and name, so order cannot matter."""
+    """Draws every matrix, and what modules draw in their own way by a method `initial`.
+
+    From a generator keyed by seed and name, so order cannot matter.
+    """
     config = model.config
+    modules = dict(model.named_modules())
     for name, parameter in model.named_parameters():
-        if parameter.dim() < 2:
-            continue
         key = hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]
         generator = torch.Generator().manual_seed(int.from_bytes(key, "big") >> 1)
-        std = config.init_std
-        if name.endswith("project_out.weight"):
-            std /= (2 * config.depth) ** 0.5
-        drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
-        parameter.copy_(drawn * std)
+        owner, _, own_name = name.rpartition(".")
+        draw = getattr(modules[owner], "initial", None)
+        drawn = draw(own_name, generator) if draw else None
+        if drawn is None and parameter.dim() >= 2:
+            std = config.init_std
+            if name.endswith("project_out.weight"):
+                std /= (2 * config.depth) ** 0.5
+            drawn = std * torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+        if drawn is not None:
+            parameter.copy_(drawn)
