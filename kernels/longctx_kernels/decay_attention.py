@@ -30,7 +30,7 @@ def decay_attention_reference(
     scale = K**-0.5 if scale is None else scale
     dtype = torch.promote_types(q.dtype, torch.float32)
     q_MHK, k_MHK, v_MHV = (x.to(dtype).flatten(0, 1) for x in (q, k, v))
-    decay_MHK1 = _gate(q, g, g_gamma, gk).exp()
+    decay_MHK1 = gate_of_tokens(q, g, g_gamma, gk).exp()
     if decay_MHK1.ndim == 1:
         decay_MHK1 = decay_MHK1.expand(B * T, H)
     decay_MHK1 = decay_MHK1.reshape(B * T, H, -1, 1)
@@ -65,10 +65,10 @@ def decay_attention(
 
     `g` `[B, T, H]`, `gk` `[B, T, H, K]` or `g_gamma` `[H]`: at most one log decay, never positive.
     """
-    _check(q, k, v, initial_state, cu_seqlens)
+    check_operands(q, k, v, initial_state, cu_seqlens)
     B, T, H, K = q.shape
     scale = K**-0.5 if scale is None else float(scale)
-    gate = _gate(q, g, g_gamma, gk)
+    gate = gate_of_tokens(q, g, g_gamma, gk)
     # Other choices are resolved within the op, out of a compiler's sight.
     if backend == "fla":
         backend_of(q, backend)
@@ -92,7 +92,8 @@ def passes_of(backend: str):
     return decay_triton
 
 
-def _check(q, k, v, initial_state, cu_seqlens) -> None:
+def check_operands(q, k, v, initial_state, cu_seqlens) -> None:
+    """Raises ValueError, naming the argument, if these do not fit."""
     if q.ndim != 4 or k.shape != q.shape or v.ndim != 4 or v.shape[:3] != q.shape[:3]:
         shapes = f"{tuple(k.shape)} and {tuple(v.shape)}"
         raise ValueError(f"k and v must match q {tuple(q.shape)} [B, T, H, K], got {shapes}")
@@ -116,7 +117,7 @@ def _check(q, k, v, initial_state, cu_seqlens) -> None:
             raise ValueError(f"initial_state must be [N, H, K, V] = {shape}, got {got}")
 
 
-def _gate(q, g, g_gamma, gk) -> Tensor:
+def gate_of_tokens(q, g, g_gamma, gk) -> Tensor:
     """The one gate of flat tokens in the dtype of states, `[H]`, `[T, H]` or `[T, H, K]`."""
     B, T, H, K = q.shape
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -205,9 +206,7 @@ def _backward(
     dg = g.new_zeros(0)
     if dG is not None:
         if dfinal is not None:
-            last = torch.tensor(cuts[1:], device=dG.device) - 1
-            at_end_NHK = (final * dfinal).sum(-1)
-            dG[last] += at_end_NHK.sum(-1) if g.ndim == 2 else at_end_NHK
+            decay_torch.add_at_ends(dG, cuts, (final * dfinal).sum(-1))
         dg = decay_torch.log_decay_gradient(dG, cuts)
     if initial_state is None:
         return *grads, dg, g.new_zeros(0)

@@ -63,6 +63,12 @@ def gradient_pass(
     return decay_backward(dout, operands, scale, cuts, saved, initial_state, dfinal)[:4]
 
 
+def add_at_ends(dG: Tensor, cuts: tuple[int, ...], x_NHK: Tensor) -> None:
+    """Adds to the gradient of running sums what the ends of pieces give."""
+    last = torch.tensor(cuts[1:], device=dG.device) - 1
+    dG[last] += x_NHK.sum(-1) if dG.ndim == 2 else x_NHK
+
+
 def log_decay_gradient(dG: Tensor, cuts: tuple[int, ...]) -> Tensor:
     """Gradient of the gate from that of its running sums within pieces."""
     dg = torch.empty_like(dG)
@@ -79,10 +85,10 @@ def saved_rows(tokens: int, pieces: int, row: int) -> int:
 
 def decay_forward(q, k, v, g, scale, cuts, initial_state=None, output_final_state=False):
     """Output, the states between slabs that `decay_backward` wants, and final states if asked."""
-    slabs = _slabs(cuts, q, v)
+    slabs = slabs_of(cuts, q, v)
     out_THV = torch.empty_like(v, memory_format=torch.contiguous_format)
     state_HKV = g.new_zeros(*q.shape[1:], v.shape[-1])
-    rows = saved_rows(q.shape[0], len(cuts) - 1, _row(q, v))
+    rows = saved_rows(q.shape[0], len(cuts) - 1, row_of(q, v))
     boundary_SHKV = state_HKV.new_empty(rows, *state_HKV.shape)
     boundary_SHKV[len(slabs) :] = 0
     final_NHKV = None
@@ -91,7 +97,7 @@ def decay_forward(q, k, v, g, scale, cuts, initial_state=None, output_final_stat
     with torch.autocast(q.device.type, enabled=False):
         for i, slab in enumerate(slabs):
             boundary_SHKV[i] = state_HKV
-            decay = _decay(slab, g)
+            decay = decay_factors(slab, g)
             queries = slab.load(q, g.dtype) * scale
             keys, values = slab.load(k, g.dtype), slab.load(v, g.dtype)
             starts, state_HKV = _states(
@@ -112,10 +118,10 @@ def decay_backward(
     dG = None if g.ndim == 1 else torch.empty_like(g, memory_format=torch.contiguous_format)
     dinitial = None if initial_state is None else torch.empty_like(initial_state)
     dstate_HKV = torch.zeros_like(boundary_SHKV[0])
-    slabs = _slabs(cuts, q_THK, v_THV)
+    slabs = slabs_of(cuts, q_THK, v_THV)
     with torch.autocast(q_THK.device.type, enabled=False):
         for i, slab in reversed(list(enumerate(slabs))):
-            decay = _decay(slab, g)
+            decay = decay_factors(slab, g)
             q = slab.load(q_THK, g.dtype) * scale
             k, v, dout = (slab.load(x, g.dtype) for x in (k_THK, v_THV, dout_THV))
             starts, _ = _states(slab, decay, k, v, boundary_SHKV[i], initial_state, None)
@@ -127,13 +133,14 @@ def decay_backward(
             dk.add_((v @ ends.mT).mul_(decay.until_end))
             dv = (decay.scores(q, k).mT @ dout).add_((k * decay.until_end) @ ends)
             if dG is not None:
-                _store_gate(slab, dG, q * dq - k * dk)
+                store_gate(slab, dG, q * dq - k * dk)
             for x_THD, x in zip(grads, (dq.mul_(scale), dk, dv)):
                 slab.store(x_THD, x.to(x_THD.dtype))
     return *grads, dG, dinitial
 
 
-def _store_gate(slab: Slab, dG: Tensor, x_NHCK: Tensor) -> None:
+def store_gate(slab: Slab, dG: Tensor, x_NHCK: Tensor) -> None:
+    """Writes the gradient of a gate's running sums, a scalar gate's summed over keys."""
     if dG.ndim == 2:
         dG, x_NHCK = dG[..., None], x_NHCK.sum(-1, keepdim=True)
     slab.store(dG, x_NHCK)
@@ -207,12 +214,14 @@ def _running(g: Tensor) -> Tensor:
     return (g if g.ndim == 3 else g[..., None]).cumsum(0).transpose(0, 1)
 
 
-def _row(q_THK: Tensor, v_THV: Tensor) -> int:
+def row_of(q_THK: Tensor, v_THV: Tensor) -> int:
+    """Elements of a token that say how many fit in a slab."""
     return q_THK.shape[1] * max(q_THK.shape[2], v_THV.shape[2])
 
 
-def _slabs(cuts: tuple[int, ...], q_THK: Tensor, v_THV: Tensor) -> tuple[Slab, ...]:
-    return plan_slabs(cuts, CHUNK, max(CHUNK, SLAB_ELEMENTS // _row(q_THK, v_THV)))
+def slabs_of(cuts: tuple[int, ...], q_THK: Tensor, v_THV: Tensor) -> tuple[Slab, ...]:
+    """Tokens cut into pieces, chunks and slabs that stay in cache."""
+    return plan_slabs(cuts, CHUNK, max(CHUNK, SLAB_ELEMENTS // row_of(q_THK, v_THV)))
 
 
 class _Even:
@@ -330,7 +339,7 @@ def _halves(q: Tensor, k: Tensor, since: Tensor, until: Tensor) -> tuple[Tensor,
     )
 
 
-def _decay(slab: Slab, g: Tensor) -> _Constant | _Scalar | _Diagonal:
+def decay_factors(slab: Slab, g: Tensor) -> _Constant | _Scalar | _Diagonal:
     """Decay factors of a slab's chunks."""
     return (_Constant, _Scalar, _Diagonal)[g.ndim - 1](slab, g)
 

@@ -9,6 +9,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +24,10 @@ from longctx.sequence.plan import Plan
 class Transitions:
     """How much of an incoming state survives each segment.
 
-    `own` has a factor for each of this rank's segments `[S, B, H, K or 1, 1]`, zero where a
-    document starts inside. `linked` says, per global segment and row, whether it goes on with the
-    document before it. `everyone` has the factors of all global segments in order, if no exchange
-    is needed to know them.
+    `own` has a factor for each of this rank's segments `[S, B, H, K or 1, 1]`, or a matrix
+    `[S, B, H, K, K]`, zero where a document starts inside. `linked` says, per global segment and
+    row, whether it goes on with the document before it. `everyone` has the factors of all global
+    segments in order, if no exchange is needed to know them.
     """
 
     own: Tensor
@@ -57,6 +58,16 @@ def links(plan: Plan, like: Tensor) -> Tensor:
     return linked_GB.to(like)[..., None, None, None]
 
 
+def carried(factor: Tensor, state: Tensor) -> Tensor:
+    """A state `[.., K, V]` after a segment with this factor or matrix, without what it adds."""
+    return factor @ state if factor.shape[-1] > 1 else factor * state
+
+
+def carried_back(factor: Tensor, dstate: Tensor) -> Tensor:
+    """The gradient of `carried` with respect to the state."""
+    return factor.mT @ dstate if factor.shape[-1] > 1 else factor * dstate
+
+
 def own_places(plan: Plan) -> list[int]:
     """Place in the global order of each of this rank's segments."""
     return [i for i, (rank, _) in enumerate(plan.placement.order) if rank == plan.rank]
@@ -65,8 +76,8 @@ def own_places(plan: Plan) -> list[int]:
 class Prefix(ABC):
     """One exchange; elements and states are `[S, B, H, K, V]` with this rank's segments.
 
-    Rightwards, a segment hands `A S_in + E` to its right neighbour; leftwards to its left one. The
-    gradient of either is the other: dS_in travels where E did not.
+    Rightwards, a segment hands `A S_in + E` to its right neighbour; leftwards `A^T S_in + E` to its
+    left one. The gradient of either is the other: dS_in travels where E did not.
     """
 
     def __init__(self, plan: Plan, transitions: Transitions, communicator: Communicator):
@@ -118,7 +129,7 @@ class GatheredPrefix(Prefix):
             for added_there, factor, linked in gathered():
                 state = linked * state
                 entering.append(state)
-                state = factor * state + added_there
+                state = carried(factor, state) + added_there
             return torch.stack([entering[place] for place in own_places(self.plan)])
 
         return finish
@@ -130,7 +141,7 @@ class GatheredPrefix(Prefix):
             state, entering = torch.zeros_like(added[0]), []
             for added_there, factor, linked in reversed(gathered()):
                 entering.append(state)
-                state = linked * (added_there + factor * state)
+                state = linked * (added_there + carried_back(factor, state))
             entering.reverse()
             return torch.stack([entering[place] for place in own_places(self.plan)])
 
@@ -155,7 +166,7 @@ class ChainedPrefix(Prefix):
         linked = self.transitions.linked
 
         def leave(place: int, index: int, block: Tensor, state: Tensor) -> Tensor:
-            kept = self.transitions.own[index] * state + block
+            kept = carried(self.transitions.own[index], state) + block
             return linked[place + 1] * kept
 
         return self._run(added, label, 1, leave)
@@ -164,7 +175,7 @@ class ChainedPrefix(Prefix):
         linked = self.transitions.linked
 
         def leave(place: int, index: int, block: Tensor, state: Tensor) -> Tensor:
-            return linked[place] * (block + self.transitions.own[index] * state)
+            return linked[place] * (block + carried_back(self.transitions.own[index], state))
 
         return self._run(added, label, -1, leave)
 
@@ -245,3 +256,47 @@ def _beside(walk: Callable[[], None], result: Tensor) -> Callable[[], Tensor]:
         return result
 
     return finish_thread
+
+
+class AffinePrefix(torch.autograd.Function):
+    """What enters each segment from the left (or right), with gradients to factors as well.
+
+    These are numbers or matrices: how a segment makes a state that enters it into one that leaves.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, added: Tensor, factors: Tensor, prefix: Prefix, label: Label, rightwards: bool
+    ) -> Tensor:
+        walk = prefix.rightwards if rightwards else prefix.leftwards
+        entering = walk(added, label)()
+        ctx.save_for_backward(entering, factors)
+        ctx.prefix, ctx.label, ctx.rightwards = prefix, label, rightwards
+        return entering
+
+    @staticmethod
+    def backward(ctx: Any, dentering: Tensor) -> Any:
+        entering, factors = ctx.saved_tensors
+        walk = ctx.prefix.leftwards if ctx.rightwards else ctx.prefix.rightwards
+        dadded = walk(dentering, ctx.label.reversed())()
+        if factors.shape[-1] > 1:
+            return dadded, dadded @ entering.mT, None, None, None
+        dfactors = (dadded * entering).sum_to_size(factors.shape)
+        return dadded, dfactors, None, None, None
+
+
+def affine_prefix(
+    added: Tensor,
+    factors: Tensor,
+    plan: Plan,
+    make_prefix: Callable[[Transitions], Prefix],
+    label: Label,
+    rightwards: bool,
+) -> Tensor:
+    """What enters each segment, of what they add and their factors or matrices."""
+    factors = factors * kept(plan, plan.segments, added)[..., None, None, None]
+    crossed = factors.detach()
+    if not rightwards and factors.shape[-1] > 1:
+        crossed = crossed.mT  # leftwards transposes, as it is made for gradients
+    exchange = make_prefix(Transitions(crossed, links(plan, added)))
+    return AffinePrefix.apply(added, factors, exchange, label, rightwards)

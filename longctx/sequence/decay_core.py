@@ -146,18 +146,26 @@ def _add_to_gate(dG: Tensor | None, rows: slice, x_THK: Tensor) -> None:
 
 
 def _entering(plan: Plan) -> list[tuple[Piece, slice]]:
-    """Pieces that go on with a document from the left, and their tokens."""
+    return [(p, slice(p.start, p.stop)) for _, p in entering_pieces(plan)]
+
+
+def _leaving(plan: Plan) -> list[tuple[Piece, slice]]:
+    return [(p, slice(p.start, p.stop)) for _, p in leaving_pieces(plan)]
+
+
+def entering_pieces(plan: Plan) -> list[tuple[int, Piece]]:
+    """Pieces that go on with a document from the left, and their numbers."""
     return [
-        (p, slice(p.start, p.stop))
-        for p in plan.pieces
+        (number, p)
+        for number, p in enumerate(plan.pieces)
         if p.document < p.position == plan.segments[p.segment].start
     ]
 
 
-def _leaving(plan: Plan) -> list[tuple[Piece, slice]]:
-    """The last piece of every segment, and its tokens."""
+def leaving_pieces(plan: Plan) -> list[tuple[int, Piece]]:
+    """The last piece of every segment, and its number."""
     return [
-        (p, slice(p.start, p.stop))
-        for p in plan.pieces
+        (number, p)
+        for number, p in enumerate(plan.pieces)
         if p.position + p.stop - p.start == plan.segments[p.segment].stop
     ]

@@ -110,13 +110,36 @@ def decay_traffic(share: Share, sizes: Sizes, gate: Gate | None = None) -> Expec
     if share.transports.prefix != "ulysses":
         return prefix_traffic(share, sizes, sizes.heads * size)
     inner = sizes._replace(heads=sizes.heads // share.transports.heads)
-    inward = inner.heads * (2 * sizes.key_dim + sizes.value_dim)
-    parts, group = [trade_traffic(share, inward, inner.heads * sizes.value_dim)], share.of_group()
-    if gate:
-        own, others = share.traded_tokens
-        token = share.rows * inner.heads * size * gate.width
-        parts.append(_both_ways("heads", Traffic(1, others * token), Traffic(1, own * token)))
+    parts, group = [_traded(share, inner, gate)], share.of_group()
     return combined([*parts, prefix_traffic(group, inner, inner.heads * size)] if group else parts)
+
+
+def delta_traffic(share: Share, sizes: Sizes, gates: Gate) -> Expected:
+    """Of `SequenceView.delta_attention`; `gates` are beta and the log decay together.
+
+    A matrix `[K, K]` a head travels with the first all-gather, and never along a chain. Ulysses
+    trades the gates as they are.
+    """
+    if share.transports.prefix != "ulysses":
+        return prefix_traffic(share, sizes, sizes.heads * sizes.key_dim**2)
+    inner = sizes._replace(heads=sizes.heads // share.transports.heads)
+    parts, group = [_traded(share, inner, gates)], share.of_group()
+    if group:
+        parts.append(prefix_traffic(group, inner, inner.heads * inner.key_dim**2))
+    return combined(parts)
+
+
+def _traded(share: Share, inner: Sizes, gates: Gate | None) -> Expected:
+    """Queries, keys and values to some heads of all tokens, the output back, and gates."""
+    inward = inner.heads * (2 * inner.key_dim + inner.value_dim)
+    trade = trade_traffic(share, inward, inner.heads * inner.value_dim)
+    if not gates:
+        return trade
+    own, others = share.traded_tokens
+    token = share.rows * inner.heads * gates.size * gates.width
+    return combined(
+        [trade, _both_ways("heads", Traffic(1, others * token), Traffic(1, own * token))]
+    )
 
 
 def prefix_traffic(share: Share, sizes: Sizes, factor: int = 0) -> Expected:

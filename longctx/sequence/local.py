@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from longctx_kernels.decay_attention import decay_attention
+from longctx_kernels.delta_attention import delta_attention
 from longctx_kernels.launch import backend_of
 from longctx_kernels.lifetime_attention import Sight
 from longctx_kernels.softmax_attention import softmax_attention
@@ -15,7 +16,7 @@ from longctx.sequence.communicator import Alone, Communicator
 from longctx.sequence.placement import place
 from longctx.sequence.plan import Documents, Plan, document_starts
 from longctx.sequence.sights import attend_seen
-from longctx.sequence.verbs import AFFINE, Monoid
+from longctx.sequence.verbs import AFFINE, DENSE_AFFINE, Monoid
 from longctx.sequence.view import SequenceView, one_row
 
 
@@ -63,7 +64,7 @@ class LocalView(SequenceView):
     def prefix(
         self, elements: tuple[Tensor, ...], monoid: Monoid, rightwards: bool = True
     ) -> tuple[Tensor, ...]:
-        if monoid is AFFINE:
+        if monoid in (AFFINE, DENSE_AFFINE):
             return (torch.zeros_like(elements[0]),)
         return monoid.identity(elements)
 
@@ -90,6 +91,27 @@ class LocalView(SequenceView):
             backend=backend,
         )
         return out.view_as(v_BTHV)
+
+    def delta_attention(
+        self,
+        operands: tuple[Tensor, Tensor, Tensor, Tensor],
+        log_decay: Tensor | None,
+        backend: str = "auto",
+    ) -> Tensor:
+        q, k, v, beta = (one_row(x) for x in operands)
+        gate = None if log_decay is None else one_row(log_decay)
+        out, _ = delta_attention(
+            q,
+            k,
+            v,
+            beta,
+            g=gate if gate is not None and gate.ndim == 3 else None,
+            gk=gate if gate is not None and gate.ndim == 4 else None,
+            scale=1.0,
+            cu_seqlens=self.cu_seqlens,
+            backend=backend,
+        )
+        return out.view_as(operands[2])
 
     def softmax_attention(
         self,

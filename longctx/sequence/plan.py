@@ -107,6 +107,10 @@ class Plan:
         """Whether the first token of a segment goes on with the document before it."""
         return segment.start not in self.documents[row] and segment.start > 0
 
+    def goes_on(self, row: int, segment: Segment) -> bool:
+        """Whether the last document of a segment goes on in the next one."""
+        return segment.stop not in self.documents[row] and segment.stop < self.placement.length
+
     def resets(self, row: int, segment: Segment) -> bool:
         """Whether a document starts in a segment, so that nothing from before it gets through."""
         return any(segment.start <= s < segment.stop for s in self.documents[row])

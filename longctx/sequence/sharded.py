@@ -13,6 +13,7 @@ from longctx.sequence.affine import ChainedPrefix, GatheredPrefix, Prefix, Trans
 from longctx.sequence.attention_core import Wires, sharded_softmax_attention
 from longctx.sequence.communicator import Communicator
 from longctx.sequence.decay_core import Exchange, sharded_decay_attention
+from longctx.sequence.delta_core import sharded_delta_attention
 from longctx.sequence.halo import Halo, HaloPlan
 from longctx.sequence.heads import HeadTrade
 from longctx.sequence.ledger import Label
@@ -117,6 +118,36 @@ class ShardedView(SequenceView):
         wires = Exchange(self.plan, self._make_prefix, self._label("prefix"))
         out = sharded_decay_attention(flat, log_decay, wires, backend)
         return out.view_as(v_BTHV)
+
+    @torch.compiler.disable
+    def delta_attention(
+        self,
+        operands: tuple[Tensor, Tensor, Tensor, Tensor],
+        log_decay: Tensor | None,
+        backend: str = "auto",
+    ) -> Tensor:
+        if self.transports.prefix == "ulysses":
+            inner, trade = self._by_heads()
+            q, k, v = (trade.gather_tokens(x) for x in operands[:3])
+            beta, log_decay = self._trade_gates(trade, operands[3], log_decay)
+            return trade.gather_heads(inner.delta_attention((q, k, v, beta), log_decay, backend))
+        q, k, v, beta = (x.flatten(0, 1) for x in operands)
+        gate = None if log_decay is None else log_decay.flatten(0, 1)
+        wires = Exchange(self.plan, self._make_prefix, self._label("prefix"), backend)
+        out = sharded_delta_attention((q, k, v, beta), gate, wires)
+        return out.view_as(operands[2])
+
+    @staticmethod
+    def _trade_gates(
+        trade: HeadTrade, beta_BTH: Tensor, log_decay: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Beta and the gate of some heads of all tokens, by one exchange."""
+        if log_decay is None:
+            return trade.gather_tokens(beta_BTH[..., None])[..., 0], None
+        gates = log_decay[..., None] if log_decay.ndim == 3 else log_decay
+        traded = trade.gather_tokens(torch.cat((beta_BTH[..., None].to(gates.dtype), gates), -1))
+        gates = traded[..., 1:]
+        return traded[..., 0], gates[..., 0] if log_decay.ndim == 3 else gates
 
     def _make_prefix(self, transitions: Transitions) -> Prefix:
         kind = self.transports.prefix

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from longctx.sequence.affine import Prefix, kept, links, own_places
+from longctx.sequence.affine import kept, links, own_places
 from longctx.sequence.communicator import Communicator
 from longctx.sequence.ledger import Label
 from longctx.sequence.plan import Plan
@@ -122,28 +122,6 @@ class _TakePart(torch.autograd.Function):
         return dx, *zeros
 
 
-class AffinePrefix(torch.autograd.Function):
-    """What enters each segment from the left (or right), with gradients to factors as well."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, added: Tensor, factors: Tensor, prefix: Prefix, label: Label, rightwards: bool
-    ) -> Tensor:
-        walk = prefix.rightwards if rightwards else prefix.leftwards
-        entering = walk(added, label)()
-        ctx.save_for_backward(entering, factors)
-        ctx.prefix, ctx.label, ctx.rightwards = prefix, label, rightwards
-        return entering
-
-    @staticmethod
-    def backward(ctx: Any, dentering: Tensor) -> Any:
-        entering, factors = ctx.saved_tensors
-        walk = ctx.prefix.leftwards if ctx.rightwards else ctx.prefix.rightwards
-        dadded = walk(dentering, ctx.label.reversed())()
-        dfactors = (dadded * entering).sum_to_size(factors.shape)
-        return dadded, dfactors, None, None, None
-
-
 class Monoid(NamedTuple):
     """An associative summary of the past: how two join, and what leaves a summary unchanged."""
 
@@ -225,6 +203,16 @@ AFFINE = Monoid(
     lambda like: tuple(torch.zeros_like(x) for x in like),
 )
 """Elements (what a segment adds to a state, log of what it keeps of it), earlier then later."""
+
+
+DENSE_AFFINE = Monoid(
+    lambda left, right: (right[1] @ left[0] + right[0], right[1] @ left[1]),
+    lambda like: (
+        torch.zeros_like(like[0]),
+        torch.eye(like[1].shape[-1], dtype=like[1].dtype, device=like[1].device).expand_as(like[1]),
+    ),
+)
+"""Elements (what a segment adds to a state, the matrix that a state is multiplied by)."""
 
 
 LOG_SUM_EXP = Monoid(

@@ -12,7 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from longctx.sequence.affine import Prefix, Transitions, kept, links
+from longctx.sequence.affine import Prefix, Transitions, affine_prefix
 from longctx.sequence.communicator import Communicator
 from longctx.sequence.halo import Halo, HaloPlan
 from longctx.sequence.ledger import Label
@@ -20,7 +20,7 @@ from longctx.sequence.plan import Plan
 from longctx.sequence.randomness import token_keys, uniform
 from longctx.sequence.verbs import (
     AFFINE,
-    AffinePrefix,
+    DENSE_AFFINE,
     Gather,
     Monoid,
     Reduce,
@@ -82,18 +82,15 @@ class SequenceView(ABC):
     ) -> tuple[Tensor, ...]:
         """What enters each segment: the elements of its document before it, joined in order.
 
-        AFFINE elements are (added `[S, B, H, K, V]`, log decay `[S, B, H, K or 1, 1]`).
+        AFFINE elements are (added `[S, B, H, K, V]`, log decay `[S, B, H, K or 1, 1]`),
+        DENSE_AFFINE ones (added, matrix `[S, B, H, K, K]`).
         """
         wire = self._wire("prefix")
-        if monoid is not AFFINE:
+        if monoid not in (AFFINE, DENSE_AFFINE):
             return prefix(elements, monoid, wire, rightwards)
-        added, log_decay = elements
-        passing_SB = kept(self.plan, self.plan.segments, added)
-        factors = log_decay.exp() * passing_SB[..., None, None, None]
-        transitions = Transitions(factors.detach(), links(self.plan, added))
-        exchange = self._make_prefix(transitions)
-        entering = AffinePrefix.apply(added, factors, exchange, wire.label, rightwards)
-        return (entering,)
+        added, factors = elements[0], elements[1].exp() if monoid is AFFINE else elements[1]
+        make, label = self._make_prefix, wire.label
+        return (affine_prefix(added, factors, self.plan, make, label, rightwards),)
 
     @torch.compiler.disable
     def stream(self, x_BT: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -158,6 +155,18 @@ class SequenceView(ABC):
         """Linear attention over each document, its state decayed by `exp(log_decay)`, at most 1.
 
         The log decay is None, `[H]` (no gradient), `[B, T, H]` or `[B, T, H, K]`.
+        """
+
+    @abstractmethod
+    def delta_attention(
+        self,
+        operands: tuple[Tensor, Tensor, Tensor, Tensor],
+        log_decay: Tensor | None,
+        backend: str = "auto",
+    ) -> Tensor:
+        """The delta rule over each document, of q, k `[B, T, H, K]`, v `[B, T, H, V]`, beta.
+
+        Beta is `[B, T, H]`; the log decay None, `[B, T, H]` or `[B, T, H, K]`, at most 0.
         """
 
     @abstractmethod

@@ -7,6 +7,7 @@ import torch
 
 from longctx.sequence.sharded import Transports
 from tests.sequence.cases import DOCUMENTS, Case, Setting
+from tests.sequence.delta_cases import DELTA_CASES
 from tests.sequence.gate_cases import GATE_CASES
 from tests.sequence.mixer_cases import HEADS, MIXER_CASES
 from tests.sequence.pairwise import pairwise_cover
@@ -84,13 +85,13 @@ def verb_jobs(ranks: int) -> list[Job]:
 
 
 def gate_jobs(ranks: int) -> list[Job]:
-    """Gates per token by every transport."""
+    """Gates per token, and delta rules, by every transport."""
     transports = [Transports(prefix) for prefix in ("allgather", "scan", "serial")]
     if ranks % 2 == 0:
         transports.append(Transports("ulysses", heads=2))
     return [
         Job(case, Setting(ranks, ("contiguous", "zigzag")[(number + shift) % 2], one))
-        for shift, case in enumerate(GATE_CASES.values())
+        for shift, case in enumerate((*GATE_CASES.values(), *DELTA_CASES.values()))
         for number, one in enumerate(transports)
     ]
 

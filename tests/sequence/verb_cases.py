@@ -7,11 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longctx.sequence.affine import ChainedPrefix, GatheredPrefix, Transitions, constant_transitions
+from longctx.sequence.affine import (
+    AffinePrefix,
+    ChainedPrefix,
+    GatheredPrefix,
+    Transitions,
+    affine_prefix,
+    constant_transitions,
+)
 from longctx.sequence.halo import Halo, HaloPlan
 from longctx.sequence.heads import HeadTrade
 from longctx.sequence.plan import Plan
-from longctx.sequence.verbs import AffinePrefix, Gather, Reduce, handoff, stream, top_k
+from longctx.sequence.verbs import Gather, Reduce, handoff, stream, top_k
 from tests.sequence.cases import Case, Setting, Shard, Values
 from tests.sequence.monoid_cases import MONOID_CASES
 
@@ -173,6 +180,57 @@ def affine(kind: str, transport: str, rightwards: bool) -> Case:
     return Case(f"affine-{kind}-{transport}-{direction}", tokens, run, whole)
 
 
+def matrix_recurrence(moves: Tensor, added: Tensor, state: Tensor) -> Tensor:
+    """States `[B, T, H, K, V]` after each token, which multiplies them by a matrix."""
+    states = []
+    for t in range(added.shape[1]):
+        state = moves[:, t] @ state + added[:, t]
+        states.append(state)
+    return torch.stack(states, 1)
+
+
+def dense(transport: str, rightwards: bool) -> Case:
+    """A state that every token multiplies by a matrix, none at the border of a document."""
+
+    def moves_of(inputs: Values, border: Tensor) -> Tensor:
+        return 0.5 * inputs["move"] * ~border[:, :, None, None, None]
+
+    def borders(setting: Setting) -> Tensor:
+        is_start = mask_starts(setting)
+        ends = torch.cat((is_start[:, 1:], torch.ones_like(is_start[:, :1])), 1)
+        return is_start if rightwards else ends
+
+    def time(x: Tensor) -> Tensor:
+        return x if rightwards else x.flip(1)
+
+    def run(shard: Shard, inputs: Values) -> Tensor:
+        plan = shard.plan
+        lengths = [s.length for s in plan.segments]
+        moves = moves_of(inputs, borders(shard.setting)[:, plan.token_ids_BT[0]])
+        parts = [
+            (time(m), time(x))
+            for m, x in zip(moves.split(lengths, 1), inputs["x"].split(lengths, 1))
+        ]
+        zero = torch.zeros_like(inputs["x"][:, 0])
+        added = torch.stack([matrix_recurrence(m, x, zero)[:, -1] for m, x in parts])
+        eye = torch.eye(moves.shape[-1], dtype=moves.dtype).expand_as(moves[:, 0])
+        own = torch.stack([matrix_recurrence(m, torch.zeros_like(m), eye)[:, -1] for m, _ in parts])
+        make = functools.partial(make_prefix, transport, shard)
+        label = shard.label("prefix")
+        entering = affine_prefix(added, own, plan, make, label, rightwards)
+        out = [time(matrix_recurrence(m, x, state)) for (m, x), state in zip(parts, entering)]
+        return torch.cat(out, 1)
+
+    def whole(setting: Setting, inputs: Values) -> Tensor:
+        moves = moves_of(inputs, borders(setting))
+        zero = torch.zeros_like(inputs["x"][:, 0])
+        return time(matrix_recurrence(time(moves), time(inputs["x"]), zero))
+
+    tokens = {"x": (2, 3, 4), "move": (2, 3, 3)}
+    direction = "rightwards" if rightwards else "leftwards"
+    return Case(f"affine-dense-{transport}-{direction}", tokens, run, whole)
+
+
 def make_prefix(transport: str, shard: Shard, transitions: Transitions) -> Any:
     if transport == "allgather":
         return GatheredPrefix(shard.plan, transitions, shard.links.sequence)
@@ -281,6 +339,11 @@ CASES = [
     *(
         affine(kind, transport, rightwards)
         for kind in ("constant", "scalar", "diagonal")
+        for transport in ("allgather", "scan", "serial")
+        for rightwards in (True, False)
+    ),
+    *(
+        dense(transport, rightwards)
         for transport in ("allgather", "scan", "serial")
         for rightwards in (True, False)
     ),

@@ -1,0 +1,106 @@
+"""The delta rule over a sharded sequence, scheduled by hand.
+
+A segment is an affine map of the state, (M, E). Forward: the maps of what crosses a cut, launch,
+local work from zero states, wait, what the incoming state changes: as outputs are affine in it,
+only small products wait. Backward: gradients of incoming states, launch, wait, local work; their
+way through a segment is M^T, so that nothing but states travels back.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from longctx_kernels import decay_torch, delta_torch
+from longctx_kernels.delta_attention import check_backend
+from torch import Tensor
+
+from longctx.sequence.affine import Transitions, carried, links
+from longctx.sequence.decay_core import Exchange, entering_pieces, leaving_pieces
+from longctx.sequence.plan import Piece, Plan
+
+
+def sharded_delta_attention(
+    operands: tuple[Tensor, Tensor, Tensor, Tensor], log_decay: Tensor | None, exchange: Exchange
+) -> Tensor:
+    """Of q, k `[M, H, K]`, v `[M, H, V]`, beta `[M, H]`, the plan's local tokens; scale 1."""
+    check_backend(exchange.backend)
+    q, k, v, beta = operands
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    if log_decay is None:
+        log_decay = torch.zeros(q.shape[1], device=q.device)
+    return _DeltaCore.apply(exchange, q, k, v, beta.to(dtype), log_decay.to(dtype))
+
+
+class _DeltaCore(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, exchange: Exchange, *operands: Tensor) -> Tensor:
+        plan, q = exchange.plan, operands[0]
+        with torch.autocast(q.device.type, enabled=False):
+            added, moves = _maps(plan, operands)
+            prefix = exchange.make_prefix(Transitions(moves, links(plan, added)))
+            finish = prefix.rightwards(added, exchange.label)
+            carriers: list[delta_torch.Carrier] = []
+            out, saved, _ = delta_torch.delta_forward(operands, 1.0, plan.cuts, carriers=carriers)
+            states = finish()
+            entering = {number: states[p.segment, p.row] for number, p in entering_pieces(plan)}
+            delta_torch.carry(carriers, entering, out, saved)
+        leaving = carried(moves, states) + added
+        ctx.save_for_backward(*operands, saved, states, leaving)
+        ctx.exchange, ctx.prefix = exchange, prefix
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> Any:
+        *operands, saved, states, leaving = ctx.saved_tensors
+        plan, label = ctx.exchange.plan, ctx.exchange.label.reversed()
+        with torch.autocast(dout.device.type, enabled=False):
+            dstates = torch.zeros_like(states)
+            for _, p in entering_pieces(plan):
+                part = _rows(operands, p)
+                dstates[p.segment, p.row] = delta_torch.entering_gradient(
+                    dout[p.start : p.stop], part, 1.0
+                )
+            dleaving = ctx.prefix.leftwards(dstates, label)()
+            initial = states.new_zeros(len(plan.pieces), *states.shape[2:])
+            dfinal = torch.zeros_like(initial)
+            for number, p in entering_pieces(plan):
+                initial[number] = states[p.segment, p.row]
+            for number, p in leaving_pieces(plan):
+                dfinal[number] = dleaving[p.segment, p.row]
+            *grads, dG, _ = delta_torch.delta_backward(
+                dout, operands, 1.0, plan.cuts, saved, initial, dfinal
+            )
+            if dG is None:
+                return None, *grads, None
+            at_ends = torch.zeros_like(initial[..., 0])
+            for number, p in leaving_pieces(plan):
+                at_ends[number] = (leaving[p.segment, p.row] * dfinal[number]).sum(-1)
+            decay_torch.add_at_ends(dG, plan.cuts, at_ends)
+            return None, *grads, decay_torch.log_decay_gradient(dG, plan.cuts)
+
+
+def _maps(plan: Plan, operands: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """(E, M) of every segment, zeros for what no other segment will ask for.
+
+    The first segment of a document receives nothing and its last one hands on nothing.
+    """
+    (_, H, K), V, g = operands[1].shape, operands[2].shape[2], operands[4]
+    added = g.new_zeros(len(plan.segments), plan.rows, H, K, V)
+    moves = g.new_zeros(len(plan.segments), plan.rows, H, K, K)
+    for _, p in leaving_pieces(plan):
+        if not plan.goes_on(p.row, plan.segments[p.segment]):
+            continue
+        gets_through = p.document < p.position == plan.segments[p.segment].start
+        part = _rows(operands, p)
+        added[p.segment, p.row], move = delta_torch.segment_map(part, wants_move=gets_through)
+        if move is not None:
+            moves[p.segment, p.row] = move
+    return added, moves
+
+
+def _rows(operands: Sequence[Tensor], piece: Piece) -> tuple[Tensor, ...]:
+    """The operands of a piece's tokens."""
+    q, k, v, beta, g = operands
+    rows = slice(piece.start, piece.stop)
+    gate = decay_torch.gate_of(g, piece.start, piece.stop)
+    return q[rows], k[rows], v[rows], beta[rows], gate
