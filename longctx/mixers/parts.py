@@ -1,5 +1,6 @@
 """Parts that several mixers are made of."""
 
+import math
 from typing import Literal
 
 import torch
@@ -75,6 +76,44 @@ class GatedNorm(nn.Module):
             activation="none" if gate_BTHV is None else self.activation,
             backend="torch" if backend == "fla" else backend,
         )
+
+
+class SelectiveDecay(nn.Module):
+    """The log decay `-exp(log_rate) softplus(x + bias)`, a rate for each head.
+
+    It starts as published: rates uniform in `rates`, steps log-uniform in 0.001..0.1.
+    """
+
+    def __init__(self, num_heads: int, channels: int = 1, rates: tuple[float, float] = (0.01, 16)):
+        super().__init__()
+        self.log_rate = nn.Parameter(torch.zeros(num_heads))
+        self.bias = nn.Parameter(torch.zeros(num_heads * channels))
+        self.rates = rates
+
+    def initial(self, name: str, generator: torch.Generator) -> Tensor:
+        """First values of either parameter."""
+        shape = self.log_rate.shape if name == "log_rate" else self.bias.shape
+        chance = torch.rand(shape, generator=generator)
+        if name == "log_rate":
+            low, high = self.rates
+            return (low + (high - low) * chance).log()
+        step = (math.log(1e-3) + math.log(100) * chance).exp()
+        return step + (-torch.expm1(-step)).log()  # softplus gives back the step
+
+    def forward(self, x_BTM: Tensor) -> Tensor:
+        """`[B, T, H]`, or `[B, T, H, K]` if there are channels, in at least fp32."""
+        wide = torch.promote_types(x_BTM.dtype, torch.float32)
+        step_BTM = F.softplus(x_BTM.to(wide) + self.bias.to(wide))
+        rate_H = self.log_rate.to(wide).exp()
+        if self.bias.numel() == rate_H.numel():
+            return -rate_H * step_BTM
+        return -rate_H[:, None] * step_BTM.unflatten(-1, (rate_H.numel(), -1))
+
+    def bounded(self, x_BTM: Tensor, lowest: float) -> Tensor:
+        """`lowest * sigmoid(exp(log_rate) (x + bias))` instead: never below `lowest`."""
+        wide = torch.promote_types(x_BTM.dtype, torch.float32)
+        shifted = (x_BTM.to(wide) + self.bias.to(wide)).unflatten(-1, (self.log_rate.numel(), -1))
+        return lowest * (self.log_rate.to(wide).exp()[:, None] * shifted).sigmoid()
 
 
 class LowRank(nn.Module):

@@ -19,9 +19,10 @@ variants = pytest.mark.parametrize(
 def build(config: MixerConfig, dtype: torch.dtype = torch.float64):
     mixer = config.build(PLACE)
     generator = torch.Generator().manual_seed(7)
-    for parameter in mixer.parameters():
+    for name, parameter in mixer.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         centre = 1.0 if parameter.dim() == 1 else 0.0
+        centre = -3.0 if name.endswith("log_rate") else centre  # decays that leave something
         parameter.data = (centre + 0.3 * noise).to(dtype)
     return mixer
 
