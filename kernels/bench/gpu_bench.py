@@ -7,11 +7,13 @@ from functools import partial
 
 import torch
 from gpu_checks import DTYPES, TOLERANCE, Tensors, relative_error
-from gpu_peers import decay_peers, lightning_gamma, sdpa
+from gpu_peers import convolution_peers, decay_peers, lightning_gamma, norm_peers, sdpa
 from gpu_timing import Cost, cost
 from longctx_kernels.decay_attention import decay_attention
 from longctx_kernels.launch import is_interpreted
 from longctx_kernels.lifetime_attention import flash_lifetime
+from longctx_kernels.norm_gate import norm_gate
+from longctx_kernels.short_convolution import short_convolution
 from torch import Tensor
 
 OURS = "longctx"
@@ -31,6 +33,7 @@ SHAPES = (
 
 LENGTHS, LONG, FULL_HEADS = (8192, 32768), 131072, 16
 TINY_SHAPES, TINY_LENGTHS, TINY_LONG = ((2, 48, 2, 16),) * 3, (48, 80), 160
+SMALL_SHAPE, TINY_SMALL_SHAPE, CONVOLUTION_WIDTH, EPS = (2, 16384, 16, 128), (2, 48, 2, 16), 4, 1e-6
 PEER_LIMIT = 2e-2
 """A peer whose error is larger does not compute the same and is no measure."""
 
@@ -45,6 +48,12 @@ class Item:
     runs: Mapping[str, Callable[[Tensors], Tensor]]
     reference: Callable[[Tensors, list[int]], Tensor]
     """The fp64 output of some heads of the first row, given only their inputs."""
+    is_by_head: bool = True
+    """Whether heads and rows can be taken apart; if not, all of them are compared."""
+
+    def part(self, x: Tensor, heads: list[int]) -> Tensor:
+        """What is compared."""
+        return x[:1, :, heads] if self.is_by_head else x
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,11 @@ def groups(device: torch.device, tiny: bool) -> Iterator[Items]:
     ]
     makers.append((f"window T{long}", partial(_causal_item, (long, H, D), window, device)))
     yield Items("Lifetime attention", "lifetime", tuple(makers))
+    small = TINY_SMALL_SHAPE if tiny else SMALL_SHAPE
+    makers = ((convolution_name(small), partial(_convolution_item, small, device)),)
+    yield Items("Short convolution", "short convolution", makers)
+    makers = ((norm_name(small), partial(_norm_item, small, device)),)
+    yield Items("Gated norm", "norm gate", makers)
 
 
 def decay_name(gate: str, shape: tuple[int, ...]) -> str:
@@ -95,11 +109,23 @@ def decay_name(gate: str, shape: tuple[int, ...]) -> str:
     return f"{gate} " + " ".join(f"{letter}{size}" for letter, size in zip("BTHD", shape))
 
 
+def convolution_name(shape: tuple[int, ...]) -> str:
+    """Of an item: all heads side by side are its channels."""
+    B, T, H, D = shape
+    return f"convolution B{B} T{T} C{H * D} W{CONVOLUTION_WIDTH}"
+
+
+def norm_name(shape: tuple[int, ...]) -> str:
+    """Of an item."""
+    return "norm " + " ".join(f"{letter}{size}" for letter, size in zip("BTHV", shape))
+
+
 def time_item(make: Callable[[], Item], device: torch.device) -> Iterator[Row]:
     """Ours first: if it is wrong at this shape nothing of the item is timed."""
     item = make()
-    heads = _some_heads(item.inputs["q"])
-    dout = torch.randn_like(item.inputs["v"])
+    first = next(iter(item.inputs.values()))
+    heads = _some_heads(first)
+    dout = torch.randn_like(item.inputs.get("v", first))
     expected = _reference(item, heads, dout)
     for who, run in item.runs.items():
         row = Row(item.name, who)
@@ -122,13 +148,13 @@ def _errors(item: Item, run, heads: list[int], dout: Tensor, expected: Tensors) 
     out = run(leaves)
     grads = torch.autograd.grad(out, list(leaves.values()), dout)
     named = {"out": out.detach()} | {f"d{name}": grad for name, grad in zip(leaves, grads)}
-    return {name: relative_error(x[:1, :, heads], expected[name]) for name, x in named.items()}
+    return {name: relative_error(item.part(x, heads), expected[name]) for name, x in named.items()}
 
 
 def _reference(item: Item, heads: list[int], dout: Tensor) -> Tensors:
-    leaves = _leaves({name: x[:1, :, heads].double() for name, x in item.inputs.items()})
+    leaves = _leaves({name: item.part(x, heads).double() for name, x in item.inputs.items()})
     out = item.reference(leaves, heads)
-    cotangent = dout[:1, :, heads].double()
+    cotangent = item.part(dout, heads).double()
     grads = torch.autograd.grad(out, list(leaves.values()), cotangent)
     return {"out": out.detach()} | {f"d{name}": grad for name, grad in zip(leaves, grads)}
 
@@ -193,6 +219,32 @@ def _causal_item(shape: tuple[int, ...], window: int | None, device: torch.devic
     peers = {"torch SDPA flash": sdpa} if window is None and T < LONG else {}
     name = f"causal T{T}" if window is None else f"window T{T}"
     return Item("lifetime", name, inputs, {OURS: ours} | peers, lambda x, _: ours(x, "torch"))
+
+
+def _convolution_item(shape: tuple[int, ...], device: torch.device) -> Item:
+    (B, T, H, D), W = shape, CONVOLUTION_WIDTH
+    inputs = {"x": _random(B, T, H * D, device=device)}
+    inputs["weight"] = torch.randn(H * D, W, device=device)
+    inputs["bias"] = torch.randn(H * D, device=device)
+
+    def ours(x: Tensors, backend: str = "auto") -> Tensor:
+        operands = x["x"], x["weight"], x["bias"]
+        return short_convolution(*operands, activation="silu", backend=backend)
+
+    runs = {OURS: ours} | convolution_peers(device)
+    name = convolution_name(shape)
+    return Item("short convolution", name, inputs, runs, lambda x, _: ours(x, "torch"), False)
+
+
+def _norm_item(shape: tuple[int, ...], device: torch.device) -> Item:
+    inputs = {name: _random(*shape, device=device) for name in ("x", "gate")}
+    inputs["weight"] = torch.randn(shape[-1], device=device)
+
+    def ours(x: Tensors, backend: str = "auto") -> Tensor:
+        return norm_gate(x["x"], x["gate"], x["weight"], eps=EPS, backend=backend)
+
+    runs = {OURS: ours} | norm_peers(device, EPS)
+    return Item("norm gate", norm_name(shape), inputs, runs, lambda x, _: ours(x, "torch"), False)
 
 
 def _random(*shape: int, device: torch.device) -> Tensor:
@@ -265,6 +317,8 @@ def targets() -> Iterator[Target]:
     for T in LENGTHS:
         text, name = f"causal T{T}: our time over SDPA's", f"causal T{T}"
         yield Target(text, lambda r, n=name: 1 / r.over_peer(n), 1.15, at_least=False)
+    for name, bound in ((convolution_name(SMALL_SHAPE), 1.3), (norm_name(SMALL_SHAPE), 1.0)):
+        yield Target(f"{name}: peer's time over ours", lambda r, n=name: r.over_peer(n), bound)
     yield Target(
         f"window {WINDOW} at T{LONG}: time of full causal over the window's",
         lambda r: r.milliseconds(f"causal T{LONG}") / r.milliseconds(f"window T{LONG}"),

@@ -12,6 +12,8 @@ from longctx_kernels.blocklist import flash_blocklist
 from longctx_kernels.decay_attention import decay_attention, decay_attention_reference
 from longctx_kernels.launch import is_interpreted
 from longctx_kernels.lifetime_attention import NORMALISERS, flash_lifetime
+from longctx_kernels.norm_gate import ACTIVATIONS, norm_gate, norm_gate_reference
+from longctx_kernels.short_convolution import short_convolution, short_convolution_reference
 from torch import Tensor
 
 TOLERANCE = {"bf16": 5e-3, "fp16": 1e-3, "fp32": 1e-5}
@@ -137,6 +139,11 @@ def problems(device: torch.device, tiny: bool) -> list[Callable[[torch.dtype], P
         )
     for gate in ("constant", "scalar", "diagonal"):
         made += [partial(_decay, gate, shape, device) for shape in shapes]
+    widths = (3,) if tiny else (2, 4, 8)
+    for shape in ((2, cuts[-2], 20), (1, T, 64 if tiny else 2048)):
+        made += [partial(_short_convolution, shape, W, cuts, device) for W in widths]
+    rows = ((2, 9, 3, 20),) if tiny else ((2, T, 4, 128), (1, 515, 3, 100), (1, 63, 1, 4096))
+    made += [partial(_norm_gate, shape, name, device) for shape in rows for name in ACTIVATIONS]
     small, sights = (16 if tiny else 64), ("causal", "window", "packed", "per-head expiry")
     sizes = (small,) if tiny else (64, 128, 256)
     wide = {(sight, "softmax"): (128, 256) for sight in (*sights, "ranges")}
@@ -200,6 +207,43 @@ def _decay(gate: str, shape, device, dtype) -> Problem:
     about = f"B{B} T{T} H{H} K{K} V{V}" + (", packed" if cuts else "")
     reference = DEFINITION if T <= LONGEST_DEFINITION else "torch"
     return Problem(f"decay {gate}", about, inputs, call, reference)
+
+
+def _short_convolution(shape, W: int, cuts, device, dtype) -> Problem:
+    (B, T, C), places = shape, torch.arange(shape[1], dtype=torch.int32)
+    age_BT = places.repeat(B, 1) + 1
+    for start in cuts[1:-1]:
+        # The first document began a token before the first one here.
+        age_BT[:, start:] = places[: max(T - start, 0)]
+    age_BT = age_BT.to(device)
+    inputs = {
+        "x": _random(B, T, C, dtype=dtype, device=device),
+        "before": _random(B, W - 1, C, dtype=dtype, device=device),
+        "weight": _random(C, W, dtype=torch.float32, device=device),
+        "bias": _random(C, dtype=torch.float32, device=device),
+    }
+
+    def call(x: Tensors, backend: str) -> Tensors:
+        op = partial(short_convolution, backend=backend)
+        if backend == DEFINITION:
+            op = short_convolution_reference
+        fixed = {"before_BWC": x["before"], "age_BT": age_BT, "activation": "silu"}
+        return {"out": op(x["x"], x["weight"], x["bias"], **fixed)}
+
+    reference = DEFINITION if T <= LONGEST_DEFINITION else "torch"
+    return Problem("short convolution", f"B{B} T{T} C{C} W{W}, packed", inputs, call, reference)
+
+
+def _norm_gate(shape, activation: str, device, dtype) -> Problem:
+    inputs = {name: _random(*shape, dtype=dtype, device=device) for name in ("x", "gate")}
+    inputs["weight"] = _random(shape[-1], dtype=torch.float32, device=device)
+
+    def call(x: Tensors, backend: str) -> Tensors:
+        op = norm_gate_reference if backend == DEFINITION else partial(norm_gate, backend=backend)
+        return {"out": op(x["x"], x["gate"], x["weight"], activation=activation)}
+
+    about = f"{activation}, " + " ".join(f"{n}{size}" for n, size in zip("BTHV", shape))
+    return Problem("norm gate", about, inputs, call, DEFINITION)
 
 
 def _lifetime(sight: str, normaliser: str, size, device, dtype) -> Problem:

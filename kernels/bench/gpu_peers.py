@@ -43,7 +43,7 @@ def lightning_gamma(H: int, device: torch.device) -> Tensor:
 
 def decay_peers(gate: str, gamma_H: Tensor) -> dict[str, Peer]:
     """fla's ops for a kind of gate, if it can be used here; each imports what it needs itself."""
-    if not fla_version() or gamma_H.device.type != "cuda":
+    if not _has_fla(gamma_H.device):
         return {}
     return {
         "constant": {
@@ -71,6 +71,48 @@ def _gla(x: Tensors) -> Tensor:
     from fla.ops.gla import chunk_gla
 
     return chunk_gla(x["q"], x["k"], x["v"], g=x["g"])[0]
+
+
+def convolution_peers(device: torch.device) -> dict[str, Peer]:
+    """Of a short convolution of x with weight and bias, then SiLU."""
+    fla = {"fla causal_conv1d": _fla_conv1d}
+    return {"torch eager": _conv1d} | (fla if _has_fla(device) else {})
+
+
+def norm_peers(device: torch.device, eps: float) -> dict[str, Peer]:
+    """Of a gated RMSNorm."""
+    peers = {"torch eager": lambda x: _rms_norm(x, eps)}
+    return (
+        peers | {"fla rms_norm_gated": lambda x: _fla_norm(x, eps)} if _has_fla(device) else peers
+    )
+
+
+def _has_fla(device: torch.device) -> bool:
+    return bool(fla_version()) and device.type == "cuda"
+
+
+def _conv1d(x: Tensors) -> Tensor:
+    weight_CW, bias_C = (x[name].to(x["x"].dtype) for name in ("weight", "bias"))
+    C, W = weight_CW.shape
+    x_BCT = F.pad(x["x"].transpose(1, 2), (W - 1, 0))
+    return F.silu(F.conv1d(x_BCT, weight_CW[:, None], bias_C, groups=C)).transpose(1, 2)
+
+
+def _fla_conv1d(x: Tensors) -> Tensor:
+    from fla.modules.causal_conv1d import causal_conv1d
+
+    return causal_conv1d(x["x"], x["weight"], x["bias"], activation="silu")[0]
+
+
+def _rms_norm(x: Tensors, eps: float) -> Tensor:
+    weight_V = x["weight"].to(x["x"].dtype)
+    return F.rms_norm(x["x"], weight_V.shape, weight_V, eps) * F.silu(x["gate"])
+
+
+def _fla_norm(x: Tensors, eps: float) -> Tensor:
+    from fla.modules.norm.fused_norm_gate import rms_norm_gated
+
+    return rms_norm_gated(x["x"], x["gate"], x["weight"], None, eps=eps)
 
 
 def sdpa(x: Tensors) -> Tensor:

@@ -92,8 +92,8 @@ def passes_of(backend: str):
     return decay_triton
 
 
-def check_operands(q, k, v, initial_state, cu_seqlens) -> None:
-    """Raises ValueError, naming the argument, if these do not fit."""
+def check_operands(q, k, v, initial_state, cu_seqlens, state_dim: int = 0) -> None:
+    """Raises ValueError, naming the argument, if these do not fit; states have K rows or others."""
     if q.ndim != 4 or k.shape != q.shape or v.ndim != 4 or v.shape[:3] != q.shape[:3]:
         shapes = f"{tuple(k.shape)} and {tuple(v.shape)}"
         raise ValueError(f"k and v must match q {tuple(q.shape)} [B, T, H, K], got {shapes}")
@@ -111,7 +111,7 @@ def check_operands(q, k, v, initial_state, cu_seqlens) -> None:
         )
     if initial_state is not None:
         pieces = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        shape = (pieces, *q.shape[2:], v.shape[3])
+        shape = (pieces, q.shape[2], state_dim or q.shape[3], v.shape[3])
         if tuple(initial_state.shape) != shape:
             got = tuple(initial_state.shape)
             raise ValueError(f"initial_state must be [N, H, K, V] = {shape}, got {got}")

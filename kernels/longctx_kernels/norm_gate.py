@@ -140,7 +140,9 @@ def _passes(x: Tensor, backend: str):
     """Forward and backward pass of a backend."""
     if backend_of(x, backend) == "torch":
         return _torch_forward, _torch_backward
-    raise NotImplementedError
+    from longctx_kernels import norm_gate_kernels as kernels
+
+    return kernels.forward, kernels.backward
 
 
 def _keep(ctx, inputs, output) -> None:  # noqa: ARG001
@@ -149,10 +151,10 @@ def _keep(ctx, inputs, output) -> None:  # noqa: ARG001
 
 
 def _differentiate(ctx, dout):
-    grads = torch.ops.longctx.norm_gate_backward(
-        dout, *ctx.saved_tensors, ctx.eps, ctx.activation, ctx.backend
-    )
     inputs = ctx.saved_tensors
+    grads = torch.ops.longctx.norm_gate_backward(
+        dout, *inputs, ctx.eps, ctx.activation, ctx.backend
+    )
     return *(None if y is None else dy for y, dy in zip(inputs, grads)), None, None, None
 
 

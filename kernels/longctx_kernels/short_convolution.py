@@ -196,7 +196,9 @@ def _passes(x: Tensor, backend: str):
     """Forward and backward pass of a backend."""
     if backend_of(x, backend) == "torch":
         return _torch_forward, _torch_backward
-    raise NotImplementedError
+    from longctx_kernels import short_convolution_kernels as kernels
+
+    return kernels.convolve, kernels.convolve_backward
 
 
 def _keep(ctx, inputs, output) -> None:  # noqa: ARG001
@@ -205,10 +207,11 @@ def _keep(ctx, inputs, output) -> None:  # noqa: ARG001
 
 
 def _differentiate(ctx, dout):
-    _, _, bias, before, _ = ctx.saved_tensors
+    inputs = ctx.saved_tensors
     dx, dweight, dbias, dbefore = torch.ops.longctx.short_convolution_backward(
-        dout, *ctx.saved_tensors, ctx.is_silu, ctx.backend
+        dout, *inputs, ctx.is_silu, ctx.backend
     )
+    bias, before = inputs[2:4]
     dbias, dbefore = (None if y is None else dy for y, dy in ((bias, dbias), (before, dbefore)))
     return dx, dweight, dbias, dbefore, None, None, None
 

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from longctx_kernels import decay_triton as decay
 from longctx_kernels import lifetime_attention as lifetime
+from longctx_kernels import norm_gate_kernels as norms
+from longctx_kernels import short_convolution_kernels as convolutions
 from longctx_kernels.launch import Launch, Options, recording
+from longctx_kernels.norm_gate import ACTIVATIONS
 from longctx_kernels.score import NORMALISERS, Score
 from longctx_kernels.sight import Sight
 
@@ -18,7 +21,7 @@ SIZES = {torch.bfloat16: (64, 128, 256), torch.float32: (64,)}
 """Head sizes that are compiled, by dtype of the operands."""
 
 TOKENS, H, J, SCALE = 16384, 16, 4, 0.125
-WINDOW, BLOCK = 4096, 64
+WINDOW, BLOCK, EPS = 4096, 64, 1e-6
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,12 @@ def calls() -> Iterator[Call]:
     """All of them."""
     for gate in decay.GATES:
         yield Call(f"decay {gate}", lambda *a, gate=gate: _decay(gate, *a))
+    for width, is_full in ((4, True), (4, False), (8, True)):
+        name = f"short convolution {width}{'' if is_full else ' bare'}"
+        yield Call(name, lambda *a, w=width, f=is_full: _short_convolution(w, f, *a))
+    for activation in (*ACTIVATIONS, None):
+        name = f"norm gate {activation}"
+        yield Call(name, lambda *a, activation=activation: _norm_gate(activation, *a))
     for sight in ("causal", "window", "per-head expiry", "blocks"):
         yield Call(f"lifetime {sight}", lambda *a, sight=sight: _lifetime(sight, "softmax", *a))
     for normaliser in NORMALISERS[1:]:
@@ -147,6 +156,38 @@ def _lifetime(
         results = lifetime.lifetime_forward(q, k, v, seen, score, backend="triton")
         dlse = results[1] if biased else None
         lifetime.lifetime_backward(dout, dlse, (q, k, v), results, seen, score, backend="triton")
+
+    return run
+
+
+def _short_convolution(
+    width: int, is_full: bool, D: int, dtype: torch.dtype, device: torch.device, T: int
+) -> Callable[[], None]:
+    x, dout = (_random(1, T, H * D, dtype=dtype, device=device) for _ in range(2))
+    weight = _random(H * D, width, dtype=torch.float32, device=device)
+    bias = before = age = None
+    if is_full:
+        bias, before = weight[:, 0].clone(), x[:, : width - 1].clone()
+        age = torch.arange(T, dtype=torch.int32, device=device)[None]
+
+    def run() -> None:
+        operands = (x, weight, bias, before, age, is_full)
+        convolutions.convolve(*operands)
+        convolutions.convolve_backward(dout, *operands)
+
+    return run
+
+
+def _norm_gate(
+    activation: str | None, D: int, dtype: torch.dtype, device: torch.device, T: int
+) -> Callable[[], None]:
+    x, gate, dout = (_random(T, H, D, dtype=dtype, device=device) for _ in range(3))
+    weight = _random(D, dtype=torch.float32, device=device)
+    operands = (x, None, None) if activation is None else (x, gate, weight)
+
+    def run() -> None:
+        norms.forward(*operands, EPS, activation or "none")
+        norms.backward(dout, *operands, EPS, activation or "none")
 
     return run
 

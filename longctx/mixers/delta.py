@@ -203,7 +203,9 @@ class Delta(Mixer):
         )
 
     def core(self, projected: DeltaParts, view: SequenceView) -> Tensor:
-        return view.delta_attention(projected[:4], projected.log_decay, self.config.computes_with)
+        return view.delta_attention(
+            projected[:4], projected.log_decay, backend=self.config.computes_with
+        )
 
     def core_reference(self, projected: DeltaParts, view: LocalView) -> Tensor:
         q, k, v, beta = (one_row(x) for x in projected[:4])
@@ -236,7 +238,7 @@ class Delta(Mixer):
     def expected_traffic(self, share: Share) -> Expected:
         sizes = Sizes(self.num_heads, self.num_heads, self.key_dim, self.value_dim)
         decays = 0 if self.decay is None else self.decay.rate.bias.numel() // self.num_heads
-        parts = [delta_traffic(share, sizes, Gate(1 + decays, share.widths.state))]
+        parts = [delta_traffic(share, sizes, Gate(1 + decays, share.widths.state), self.key_dim)]
         if self.convolve is not None:
             parts.append(self.convolve.expected_traffic(share))
         return combined(parts)

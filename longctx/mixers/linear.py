@@ -2,7 +2,13 @@
 
 `basic` is elu1 with a denominator. Lightning Attention is silu with the `alibi` decay (the
 schedule of the TransNormerLLM and MiniMax code) or `paper` (equation 10 of arXiv 2405.17381);
-RetNet's constants are `retention`.
+RetNet's constants are `retention`. TransNormerLLM (arXiv 2307.14995) is Lightning with
+`lrpe = "first"` and `norm = "simple"`.
+
+The `inline` read-out (arXiv 2412.06590) gives token j the weight `a_ij - mean_j a_ij + 1 / n` with
+`a_ij = q_i.k_j / (n sqrt(K))`: weights sum to 1 and may be negative. The paper is about images and
+sums over all n tokens; here, which is ours, over the n tokens of the document up to the query, so
+that sums of k v^T, k and v are its state. The paper's local residual is left out.
 """
 
 from collections.abc import Callable
@@ -12,34 +18,24 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from longctx_kernels.decay_attention import decay_attention, decay_attention_reference
+from longctx_kernels.launch import SIZES
 from torch import Tensor, nn
 
 from longctx.errors import InputError
 from longctx.mixers.base import HeadsConfig, Mixer, Place, RMSNorm, split_heads
-from longctx.sequence.expected import Expected, Share, Sizes, decay_traffic
+from longctx.mixers.feature_maps import MAPS, Heads, Lrpe, wide
+from longctx.sequence.expected import Expected, Share, Sizes, combined, decay_traffic
 from longctx.sequence.local import LocalView
 from longctx.sequence.sharded import Transports
 from longctx.sequence.view import SequenceView, one_row
 
-
-class FeatureMap(NamedTuple):
-    """A map of queries and keys; only positive ones allow a denominator."""
-
-    apply: Callable[[Tensor], Tensor]
-    is_positive: bool
-
-
-FEATURE_MAPS: dict[str, FeatureMap] = {
-    "identity": FeatureMap(lambda x: x, False),
-    "silu": FeatureMap(F.silu, False),
-    "unit": FeatureMap(lambda x: F.normalize(x, dim=-1), False),
-    "relu": FeatureMap(F.relu, True),
-    "elu1": FeatureMap(lambda x: F.elu(x) + 1, True),
-    "sigmoid": FeatureMap(torch.sigmoid, True),
-    "softmax": FeatureMap(lambda x: x.softmax(-1), True),
-}
-
 GATES: dict[str, Callable[[Tensor], Tensor]] = {"swish": F.silu, "sigmoid": torch.sigmoid}
+
+LARGEST_STATE = 32 * 2**20
+"""Bytes of a layer's state for one sequence, in fp32."""
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Linear attention of q, k, v."""
 
 
 def log_decay(schedule: str, num_heads: int, place: Place) -> Tensor | None:
@@ -60,17 +56,30 @@ class LinearConfig(HeadsConfig, kind="linear"):
     """Linear attention with constant decay (lightning, retention) or none."""
 
     value_dim: int = 0
-    """Value size of a head; 0 means the key size."""
+    """Value size of a head; 0 means model.width / num_heads, or head_dim if that is set."""
     feature_map: str = "silu"
-    """Map of queries and keys: identity, silu, unit, relu, elu1, sigmoid, softmax."""
+    """Map of queries and keys: identity, silu, unit, relu, elu1, sigmoid, softmax, hedgehog, t2r,
+    based, rebased, dpfp, cosformer, fast."""
+    feature_dim: int = 16
+    """Key and query size of a head for based, rebased and fast, whose features are its pairs."""
+    nu: int = 3
+    """Rolled copies that dpfp multiplies features with."""
+    longest: int = 0
+    """The longest document that cosformer can tell positions of, at least train.seq_len."""
+    lrpe: Literal["none", "first", "all"] = "none"
+    """Layers that turn queries and keys by position: TransNormerLLM's paper does in the first."""
     decay: Literal["none", "alibi", "paper", "retention"] = "alibi"
     """Schedule of the constant decay per head and layer."""
     denominator: bool = False
     """Divide by the sum of the weights; needs a positive feature map."""
+    inline: bool = False
+    """Centre the weights and add 1 / tokens to each instead; needs decay = "none"."""
     gate: Literal["none", "swish", "sigmoid"] = "swish"
     """Activation of the output gate."""
     output_norm: bool = True
-    """RMSNorm of each head's output."""
+    """Normalise each head's output."""
+    norm: Literal["rms", "simple"] = "rms"
+    """How: RMSNorm, or x sqrt(V) / |x| without weights (SRMSNorm)."""
 
     def build(self, place: Place) -> "Linear":
         return Linear(self, place)
@@ -78,15 +87,79 @@ class LinearConfig(HeadsConfig, kind="linear"):
     def verbs(self) -> frozenset[str]:
         return frozenset({"prefix"})
 
+    def heads(self, width: int) -> Heads:
+        """What the feature map is made for."""
+        is_small = MAPS[self.feature_map].sized_by == "feature_dim"
+        size = self.feature_dim if is_small else self.size_of_head(width)
+        return Heads(self.num_heads, size, self.nu, self.longest)
+
+    def size_of_value(self, width: int) -> int:
+        """Value size of a head."""
+        return self.value_dim or self.size_of_head(width)
+
     def check(self, width: int, where: str) -> None:
         super().check(width, where)
-        if self.feature_map not in FEATURE_MAPS:
-            known = ", ".join(FEATURE_MAPS)
+        if self.feature_map not in MAPS:
+            known = ", ".join(MAPS)
             raise InputError(f"{where}.feature_map = {self.feature_map!r}: expected one of {known}")
-        if self.denominator and not FEATURE_MAPS[self.feature_map].is_positive:
+        for name, least in {"value_dim": 0, "feature_dim": 2, "nu": 1, "longest": 0}.items():
+            if (value := getattr(self, name)) < least:
+                raise InputError(f"{where}.{name} = {value}: must be at least {least}")
+        features = 2 * self.size_of_head(width)
+        if self.feature_map == "dpfp" and self.nu >= features:
+            raise InputError(
+                f"{where}.nu = {self.nu}: must be below {features}, twice the size of a head, "
+                "from where copies repeat"
+            )
+        if MAPS[self.feature_map].needs_longest and self.longest == 0:
+            raise InputError(
+                f"{where}.longest = 0: feature_map = {self.feature_map!r} needs the length of the "
+                "longest document; set it to train.seq_len"
+            )
+        self._check_read(where)
+        self._check_state(width, where)
+
+    def _check_read(self, where: str) -> None:
+        positive = ", ".join(name for name, entry in MAPS.items() if entry.is_positive)
+        if self.denominator and not MAPS[self.feature_map].is_positive:
             raise InputError(
                 f"{where}.denominator needs a positive feature map; {self.feature_map!r} is not: "
-                "choose relu, elu1, sigmoid or softmax, or leave the denominator out"
+                f"choose one of {positive}, or leave the denominator out"
+            )
+        if self.denominator and (self.inline or self.lrpe != "none"):
+            raise InputError(
+                f"{where}.denominator needs weights that are not negative, which "
+                f"{where}.{'inline' if self.inline else 'lrpe'} lacks: leave one of them out"
+            )
+        if self.inline and self.decay != "none":
+            raise InputError(
+                f"{where}.inline counts every token alike; decay = {self.decay!r} does not: "
+                'set decay = "none"'
+            )
+
+    def _check_state(self, width: int, where: str) -> None:
+        entry = MAPS[self.feature_map]
+        with torch.device("meta"):
+            features = entry.make(self.heads(width)).size * (1 if self.lrpe == "none" else 2)
+        if self.backend == "triton" and features > SIZES[-1]:
+            raise InputError(
+                f"{where}.backend = 'triton': {self.feature_map!r} has {features} features and the "
+                f"kernels go up to {SIZES[-1]}; choose auto or torch"
+            )
+        size = 4 * self.num_heads * features * (self.size_of_value(width) + 1)
+        if size > LARGEST_STATE:
+            raise InputError(
+                f"{where}.{entry.sized_by} = {getattr(self, entry.sized_by)}: the {features} "
+                f"features of {self.feature_map!r} make a state of {size / 2**20:.1f} MiB a layer "
+                f"and sequence, above the limit of {LARGEST_STATE >> 20} MiB; set a smaller "
+                f"{entry.sized_by} or value_dim"
+            )
+
+    def check_length(self, seq_len: int, where: str) -> None:
+        if MAPS[self.feature_map].needs_longest and self.longest < seq_len:
+            raise InputError(
+                f"{where}.longest = {self.longest} is shorter than train.seq_len = {seq_len}; "
+                f"set it to {seq_len} or more"
             )
 
     def refusal(self, transports: Transports) -> str:
@@ -97,13 +170,22 @@ class LinearConfig(HeadsConfig, kind="linear"):
         return ""
 
 
+class SimpleRMSNorm(nn.Module):
+    """`x sqrt(V) / |x|` over the last dimension, in at least fp32: SRMSNorm, arXiv 2307.14995."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised `x` in the dtype of `x`; lengths below 1e-6 count as that."""
+        return (F.normalize(wide(x), dim=-1, eps=1e-6) * x.shape[-1] ** 0.5).to(x.dtype)
+
+
 class LinearParts(NamedTuple):
-    """Mapped queries and keys, values, and the raw output gate."""
+    """Mapped queries and keys, values, the raw output gate, and for inline the tokens seen."""
 
     q_BTHK: Tensor
     k_BTHK: Tensor
     v_BTHV: Tensor
     gate_BTHV: Tensor | None
+    seen_BT: Tensor | None
 
 
 class Linear(Mixer):
@@ -114,61 +196,95 @@ class Linear(Mixer):
     def __init__(self, config: LinearConfig, place: Place):
         super().__init__()
         self.config, self.num_heads = config, config.num_heads
-        H, K = config.num_heads, config.size_of_head(place.width)
-        V = config.value_dim or K
+        heads, entry = config.heads(place.width), MAPS[config.feature_map]
+        H, K, V = config.num_heads, heads.size, config.size_of_value(place.width)
         self.query = nn.Linear(place.width, H * K, bias=False)
         self.key = nn.Linear(place.width, H * K, bias=False)
         self.value = nn.Linear(place.width, H * V, bias=False)
         self.gate = nn.Linear(place.width, H * V, bias=False) if config.gate != "none" else None
-        self.norm = RMSNorm(V) if config.output_norm else None
+        self.map_query, self.map_key = entry.make(heads), entry.make(heads)
+        self.features = self.map_query.size
+        is_turned = config.lrpe == "all" or (config.lrpe == "first" and place.layer == 0)
+        self.lrpe = Lrpe(H, self.features) if is_turned else None
+        self.features *= 2 if is_turned else 1
+        self.norm: nn.Module | None = None
+        if config.output_norm:
+            self.norm = RMSNorm(V) if config.norm == "rms" else SimpleRMSNorm()
         self.project_out = nn.Linear(H * V, place.width, bias=False)
         self.register_buffer("log_decay_H", log_decay(config.decay, H, place), persistent=False)
-        self.state_size = K * (V + config.denominator)
+        self.score_scale, self.value_size = K**-0.5, V
+        self.has_sum = config.denominator or config.inline
+        self.state_size = self.features * (V + self.has_sum) + V * config.inline
+        self.backend = config.computes_with
+        if self.backend == "auto" and max(self.features, V + self.has_sum) > SIZES[-1]:
+            # The Triton kernels end there.
+            self.backend = "torch"
 
     def project(self, x_BTD: Tensor, view: SequenceView) -> LinearParts:
-        feature_map = FEATURE_MAPS[self.config.feature_map].apply
+        positions_BT = view.positions_BT
         v_BTHV = split_heads(self.value(x_BTD), self.num_heads)
-        q_BTHK = feature_map(split_heads(self.query(x_BTD), self.num_heads))
-        k_BTHK = feature_map(split_heads(self.key(x_BTD), self.num_heads))
-        if self.config.denominator:
+        q_BTHK = self.map_query(split_heads(self.query(x_BTD), self.num_heads), positions_BT)
+        k_BTHK = self.map_key(split_heads(self.key(x_BTD), self.num_heads), positions_BT)
+        if self.lrpe is not None:
+            q_BTHK, k_BTHK = self.lrpe(q_BTHK, k_BTHK, positions_BT)
+        if self.has_sum:
             v_BTHV = F.pad(v_BTHV, (0, 1), value=1.0)
         gate = None if self.gate is None else split_heads(self.gate(x_BTD), self.num_heads)
-        return LinearParts(q_BTHK.type_as(v_BTHV), k_BTHK.type_as(v_BTHV), v_BTHV, gate)
+        seen_BT = positions_BT + 1 if self.config.inline else None
+        return LinearParts(q_BTHK.type_as(v_BTHV), k_BTHK.type_as(v_BTHV), v_BTHV, gate, seen_BT)
 
     def core(self, projected: LinearParts, view: SequenceView) -> Tensor:
-        q_BTHK, k_BTHK, v_BTHV, _ = projected
-        return self._divide(
-            view.decay_attention(
-                q_BTHK, k_BTHK, v_BTHV, self.log_decay_H, self.config.computes_with
-            )
-        )
+        def attend(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor) -> Tensor:
+            return view.decay_attention(q_BTHK, k_BTHK, v_BTHV, self.log_decay_H, self.backend)
+
+        return self._weighted(projected, attend)
 
     def core_reference(self, projected: LinearParts, view: LocalView) -> Tensor:
-        q, k, v = (one_row(x) for x in projected[:3])
-        y, _ = decay_attention_reference(
-            q, k, v, g_gamma=self.log_decay_H, scale=1.0, cu_seqlens=view.cu_seqlens
-        )
-        return self._divide(y.view_as(projected.v_BTHV))
+        def attend(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor) -> Tensor:
+            q, k, v = one_row(q_BTHK), one_row(k_BTHK), one_row(v_BTHV)
+            y, _ = decay_attention_reference(
+                q, k, v, g_gamma=self.log_decay_H, scale=1.0, cu_seqlens=view.cu_seqlens
+            )
+            return y.view_as(v_BTHV)
+
+        return self._weighted(projected, attend)
 
     def advance(
-        self, projected: LinearParts, memory: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        q_BTHK, k_BTHK, v_BTHV, _ = projected
-        y_BTHV, memory = decay_attention(
-            q_BTHK,
-            k_BTHK,
-            v_BTHV,
-            g_gamma=self.log_decay_H,
-            scale=1.0,
-            initial_state=memory,
-            output_final_state=True,
-        )
-        return self._divide(y_BTHV), memory
+        self, projected: LinearParts, memory: tuple[Tensor | None, ...] | None
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        before, after = iter(memory or (None, None)), list[Tensor | None]()
 
-    def _divide(self, y_BTHV: Tensor) -> Tensor:
-        if not self.config.denominator:
+        def attend(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor) -> Tensor:
+            y_BTHV, state = decay_attention(
+                q_BTHK,
+                k_BTHK,
+                v_BTHV,
+                g_gamma=self.log_decay_H,
+                scale=1.0,
+                initial_state=next(before),
+                output_final_state=True,
+            )
+            after.append(state)
             return y_BTHV
-        return y_BTHV[..., :-1] / y_BTHV[..., -1:].clamp(min=1e-6)
+
+        return self._weighted(projected, attend), tuple(after)
+
+    def _weighted(self, projected: LinearParts, attend: Attend) -> Tensor:
+        """What tokens read, with whichever attention computes the sums."""
+        q_BTHK, k_BTHK, v_BTHV, _, seen_BT = projected
+        y_BTHV = attend(q_BTHK, k_BTHK, v_BTHV)
+        if self.config.denominator:
+            return y_BTHV[..., :-1] / y_BTHV[..., -1:].clamp(min=1e-6)
+        if seen_BT is None:
+            return y_BTHV
+        v_BTHV = v_BTHV[..., :-1]
+        # They depend on the values, so that what is exchanged for them also is on the way back.
+        one_BTH1 = 1 + 0 * v_BTHV[..., :1]
+        total_BTHV = wide(attend(one_BTH1, one_BTH1, v_BTHV))
+        seen_BT11 = seen_BT[..., None, None].to(total_BTHV.dtype)
+        mean_BTHV = wide(y_BTHV) * self.score_scale / seen_BT11
+        own_BTH1 = (1 - mean_BTHV[..., -1:]) / seen_BT11
+        return (mean_BTHV[..., :-1] + own_BTH1 * total_BTHV).type_as(v_BTHV)
 
     def read(self, y_BTHV: Tensor, projected: LinearParts) -> Tensor:
         if self.norm is not None:
@@ -184,6 +300,8 @@ class Linear(Mixer):
         return 4 * self.num_heads * self.state_size * contexts_M.numel()
 
     def expected_traffic(self, share: Share) -> Expected:
-        key_dim = self.query.out_features // self.num_heads
-        value_dim = self.state_size // key_dim
-        return decay_traffic(share, Sizes(self.num_heads, self.num_heads, key_dim, value_dim))
+        H, V = self.num_heads, self.value_size
+        parts = [decay_traffic(share, Sizes(H, H, self.features, V + self.has_sum))]
+        if self.config.inline:
+            parts.append(decay_traffic(share, Sizes(H, H, 1, V)))
+        return combined(parts)

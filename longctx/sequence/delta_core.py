@@ -10,25 +10,33 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from longctx_kernels import decay_torch, delta_torch
+from longctx_kernels import delta_torch
 from longctx_kernels.delta_attention import check_backend
+from longctx_kernels.delta_rules import state_rows
 from torch import Tensor
 
-from longctx.sequence.affine import Transitions, carried, links
+from longctx.sequence.affine import Transitions, links
 from longctx.sequence.decay_core import Exchange, entering_pieces, leaving_pieces
 from longctx.sequence.plan import Piece, Plan
 
 
 def sharded_delta_attention(
-    operands: tuple[Tensor, Tensor, Tensor, Tensor], log_decay: Tensor | None, exchange: Exchange
+    operands: tuple[Tensor, Tensor, Tensor, Tensor],
+    gates: list[Tensor | None],
+    exchange: Exchange,
 ) -> Tensor:
-    """Of q, k `[M, H, K]`, v `[M, H, V]`, beta `[M, H]`, the plan's local tokens; scale 1."""
+    """Of q, k `[M, H, K]`, v `[M, H, V]`, beta `[M, H]`, the plan's local tokens; scale 1.
+
+    `gates` are the log decay and the log momentum.
+    """
     check_backend(exchange.backend)
     q, k, v, beta = operands
     dtype = torch.promote_types(q.dtype, torch.float32)
+    log_decay, momentum = gates
     if log_decay is None:
         log_decay = torch.zeros(q.shape[1], device=q.device)
-    return _DeltaCore.apply(exchange, q, k, v, beta.to(dtype), log_decay.to(dtype))
+    present = [x.to(dtype) for x in (beta, log_decay, momentum) if x is not None]
+    return _DeltaCore.apply(exchange, q, k, v, *present)
 
 
 class _DeltaCore(torch.autograd.Function):
@@ -44,21 +52,20 @@ class _DeltaCore(torch.autograd.Function):
             states = finish()
             entering = {number: states[p.segment, p.row] for number, p in entering_pieces(plan)}
             delta_torch.carry(carriers, entering, out, saved)
-        leaving = carried(moves, states) + added
-        ctx.save_for_backward(*operands, saved, states, leaving)
+        ctx.save_for_backward(*operands, saved, states)
         ctx.exchange, ctx.prefix = exchange, prefix
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Any:
-        *operands, saved, states, leaving = ctx.saved_tensors
+        *operands, saved, states = ctx.saved_tensors
         plan, label = ctx.exchange.plan, ctx.exchange.label.reversed()
         with torch.autocast(dout.device.type, enabled=False):
             dstates = torch.zeros_like(states)
             for _, p in entering_pieces(plan):
-                part = _rows(operands, p)
+                rows = slice(p.start, p.stop)
                 dstates[p.segment, p.row] = delta_torch.entering_gradient(
-                    dout[p.start : p.stop], part, 1.0
+                    dout[rows], _rows(operands, p), 1.0
                 )
             dleaving = ctx.prefix.leftwards(dstates, label)()
             initial = states.new_zeros(len(plan.pieces), *states.shape[2:])
@@ -67,16 +74,10 @@ class _DeltaCore(torch.autograd.Function):
                 initial[number] = states[p.segment, p.row]
             for number, p in leaving_pieces(plan):
                 dfinal[number] = dleaving[p.segment, p.row]
-            *grads, dG, _ = delta_torch.delta_backward(
+            *grads, _ = delta_torch.delta_backward(
                 dout, operands, 1.0, plan.cuts, saved, initial, dfinal
             )
-            if dG is None:
-                return None, *grads, None
-            at_ends = torch.zeros_like(initial[..., 0])
-            for number, p in leaving_pieces(plan):
-                at_ends[number] = (leaving[p.segment, p.row] * dfinal[number]).sum(-1)
-            decay_torch.add_at_ends(dG, plan.cuts, at_ends)
-            return None, *grads, decay_torch.log_decay_gradient(dG, plan.cuts)
+        return None, *grads
 
 
 def _maps(plan: Plan, operands: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -84,9 +85,10 @@ def _maps(plan: Plan, operands: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
 
     The first segment of a document receives nothing and its last one hands on nothing.
     """
-    (_, H, K), V, g = operands[1].shape, operands[2].shape[2], operands[4]
-    added = g.new_zeros(len(plan.segments), plan.rows, H, K, V)
-    moves = g.new_zeros(len(plan.segments), plan.rows, H, K, K)
+    (_, H, K), V, gates = operands[1].shape, operands[2].shape[2], operands[4:]
+    Z = state_rows(K, gates)
+    added = gates[0].new_zeros(len(plan.segments), plan.rows, H, Z, V)
+    moves = gates[0].new_zeros(len(plan.segments), plan.rows, H, Z, Z)
     for _, p in leaving_pieces(plan):
         if not plan.goes_on(p.row, plan.segments[p.segment]):
             continue
@@ -100,7 +102,5 @@ def _maps(plan: Plan, operands: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
 
 def _rows(operands: Sequence[Tensor], piece: Piece) -> tuple[Tensor, ...]:
     """The operands of a piece's tokens."""
-    q, k, v, beta, g = operands
     rows = slice(piece.start, piece.stop)
-    gate = decay_torch.gate_of(g, piece.start, piece.stop)
-    return q[rows], k[rows], v[rows], beta[rows], gate
+    return tuple(x[rows] if x.ndim > 1 else x for x in operands)

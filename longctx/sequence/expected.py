@@ -114,19 +114,49 @@ def decay_traffic(share: Share, sizes: Sizes, gate: Gate | None = None) -> Expec
     return combined([*parts, prefix_traffic(group, inner, inner.heads * size)] if group else parts)
 
 
-def delta_traffic(share: Share, sizes: Sizes, gates: Gate) -> Expected:
-    """Of `SequenceView.delta_attention`; `gates` are beta and the log decay together.
+def running_traffic(share: Share, elements: int) -> Expected:
+    """Of `SequenceView.running_log_sum_exp` over `elements` a token: one of each a segment and row.
 
-    A matrix `[K, K]` a head travels with the first all-gather, and never along a chain. Ulysses
-    trades the gates as they are.
+    They are gathered, whatever the transport: each way (P - 1) s B elements of a state's width, s
+    the largest number of segments of a rank.
     """
+    gathered = replace(share, transports=replace(share.transports, prefix="allgather"))
+    return prefix_traffic(gathered, Sizes(elements, elements, 1, 1))
+
+
+def means_traffic(share: Share, sizes: Sizes) -> Expected:
+    """Of means of values with `key_dim` rows of log weights a head: log-sum-exps, then states."""
+    gate = Gate(sizes.key_dim, share.widths.state)
+    sums = running_traffic(share, sizes.heads * sizes.key_dim)
+    return combined([sums, decay_traffic(share, sizes, gate)])
+
+
+def running_sum_traffic(share: Share, heads: int, size: int) -> Expected:
+    """Of running sums of values `[heads, size]` in the precision of states.
+
+    They are decay attention with ones for queries and keys, without decay.
+    """
+    wide = replace(share, widths=Widths(share.widths.state, share.widths.state))
+    return decay_traffic(wide, Sizes(heads, heads, 1, size))
+
+
+def delta_traffic(share: Share, sizes: Sizes, gates: Gate, state_dim: int) -> Expected:
+    """Of `SequenceView.delta_attention`; `gates` are beta and its other gates together.
+
+    States have `state_dim` rows Z, twice the key size with momentum. A matrix `[Z, Z]` a head
+    travels with the first all-gather, and never along a chain. Ulysses trades the gates as they
+    are.
+    """
+
+    def exchanged(share: Share, heads: int) -> Expected:
+        states = sizes._replace(heads=heads, key_dim=state_dim)
+        return prefix_traffic(share, states, heads * state_dim**2)
+
     if share.transports.prefix != "ulysses":
-        return prefix_traffic(share, sizes, sizes.heads * sizes.key_dim**2)
+        return exchanged(share, sizes.heads)
     inner = sizes._replace(heads=sizes.heads // share.transports.heads)
     parts, group = [_traded(share, inner, gates)], share.of_group()
-    if group:
-        parts.append(prefix_traffic(group, inner, inner.heads * inner.key_dim**2))
-    return combined(parts)
+    return combined([*parts, exchanged(group, inner.heads)] if group else parts)
 
 
 def _traded(share: Share, inner: Sizes, gates: Gate | None) -> Expected:

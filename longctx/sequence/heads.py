@@ -40,6 +40,17 @@ class HeadTrade:
         """The way back: this rank's tokens with all heads."""
         return _Trade.apply(x_BTHD, self, False)
 
+    def gather_gates(self, *gates: Tensor | None) -> list[Tensor | None]:
+        """`gather_tokens` of gates `[B, T, H]` and `[B, T, H, K]` by one exchange."""
+        wide = [x[..., None] if x.ndim == 3 else x for x in gates if x is not None]
+        dtype = max((x.dtype for x in wide), key=lambda dtype: dtype.itemsize)
+        traded = self.gather_tokens(torch.cat([x.to(dtype) for x in wide], -1))
+        parts = iter(traded.split([x.shape[-1] for x in wide], -1))
+        return [
+            None if x is None else next(parts)[..., 0] if x.ndim == 3 else next(parts)
+            for x in gates
+        ]
+
     def share(self, x: Tensor, dim: int) -> Tensor:
         """This rank's heads of a tensor that every rank has."""
         return x.chunk(self.communicator.size, dim)[self.communicator.rank]

@@ -8,6 +8,7 @@ from longctx_kernels.decay_attention import decay_attention
 from longctx_kernels.delta_attention import delta_attention
 from longctx_kernels.launch import backend_of
 from longctx_kernels.lifetime_attention import Sight
+from longctx_kernels.running import LogSumExp, running_log_sum_exp
 from longctx_kernels.softmax_attention import softmax_attention
 from torch import Tensor
 
@@ -92,10 +93,15 @@ class LocalView(SequenceView):
         )
         return out.view_as(v_BTHV)
 
+    def running_log_sum_exp(self, x_BTR: Tensor) -> LogSumExp:
+        sums = running_log_sum_exp(one_row(x_BTR), cu_seqlens=self.cu_seqlens)
+        return LogSumExp(*(y.view(x_BTR.shape) for y in sums))
+
     def delta_attention(
         self,
         operands: tuple[Tensor, Tensor, Tensor, Tensor],
         log_decay: Tensor | None,
+        log_momentum: Tensor | None = None,
         backend: str = "auto",
     ) -> Tensor:
         q, k, v, beta = (one_row(x) for x in operands)
@@ -107,6 +113,7 @@ class LocalView(SequenceView):
             beta,
             g=gate if gate is not None and gate.ndim == 3 else None,
             gk=gate if gate is not None and gate.ndim == 4 else None,
+            momentum=None if log_momentum is None else one_row(log_momentum),
             scale=1.0,
             cu_seqlens=self.cu_seqlens,
             backend=backend,

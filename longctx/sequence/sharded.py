@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from longctx_kernels.launch import backend_of
+from longctx_kernels.running import LogSumExp
 from longctx_kernels.softmax_attention import Tile, attend_tiles, piece_tiles
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from longctx.sequence.heads import HeadTrade
 from longctx.sequence.ledger import Label
 from longctx.sequence.local import LocalView
 from longctx.sequence.plan import Plan
+from longctx.sequence.running import sharded_log_sum_exp
 from longctx.sequence.sights import attend_seen, halo_sight
 from longctx.sequence.view import SequenceView
 
@@ -109,8 +111,7 @@ class ShardedView(SequenceView):
             if log_decay is not None and log_decay.ndim == 1:
                 log_decay = trade.share(log_decay, 0)
             elif log_decay is not None:
-                traded = trade.gather_tokens(log_decay.reshape(*q_BTHK.shape[:3], -1))
-                log_decay = traded[..., 0] if log_decay.ndim == 3 else traded
+                (log_decay,) = trade.gather_gates(log_decay)
             return trade.gather_heads(inner.decay_attention(q, k, v, log_decay, backend))
         flat = (q_BTHK.flatten(0, 1), k_BTHK.flatten(0, 1), v_BTHV.flatten(0, 1))
         if log_decay is not None and log_decay.ndim > 1:
@@ -120,34 +121,31 @@ class ShardedView(SequenceView):
         return out.view_as(v_BTHV)
 
     @torch.compiler.disable
+    def running_log_sum_exp(self, x_BTR: Tensor) -> LogSumExp:
+        rows_MR = x_BTR.reshape(x_BTR.shape[0] * x_BTR.shape[1], -1)
+        sums = sharded_log_sum_exp(rows_MR, self._wire("prefix"))
+        return LogSumExp(*(y.view(x_BTR.shape) for y in sums))
+
+    @torch.compiler.disable
     def delta_attention(
         self,
         operands: tuple[Tensor, Tensor, Tensor, Tensor],
         log_decay: Tensor | None,
+        log_momentum: Tensor | None = None,
         backend: str = "auto",
     ) -> Tensor:
         if self.transports.prefix == "ulysses":
             inner, trade = self._by_heads()
             q, k, v = (trade.gather_tokens(x) for x in operands[:3])
-            beta, log_decay = self._trade_gates(trade, operands[3], log_decay)
-            return trade.gather_heads(inner.delta_attention((q, k, v, beta), log_decay, backend))
+            beta, decay, momentum = trade.gather_gates(operands[3], log_decay, log_momentum)
+            assert beta is not None
+            out = inner.delta_attention((q, k, v, beta), decay, momentum, backend)
+            return trade.gather_heads(out)
         q, k, v, beta = (x.flatten(0, 1) for x in operands)
-        gate = None if log_decay is None else log_decay.flatten(0, 1)
+        gates = [None if x is None else x.flatten(0, 1) for x in (log_decay, log_momentum)]
         wires = Exchange(self.plan, self._make_prefix, self._label("prefix"), backend)
-        out = sharded_delta_attention((q, k, v, beta), gate, wires)
+        out = sharded_delta_attention((q, k, v, beta), gates, wires)
         return out.view_as(operands[2])
-
-    @staticmethod
-    def _trade_gates(
-        trade: HeadTrade, beta_BTH: Tensor, log_decay: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Beta and the gate of some heads of all tokens, by one exchange."""
-        if log_decay is None:
-            return trade.gather_tokens(beta_BTH[..., None])[..., 0], None
-        gates = log_decay[..., None] if log_decay.ndim == 3 else log_decay
-        traded = trade.gather_tokens(torch.cat((beta_BTH[..., None].to(gates.dtype), gates), -1))
-        gates = traded[..., 1:]
-        return traded[..., 0], gates[..., 0] if log_decay.ndim == 3 else gates
 
     def _make_prefix(self, transitions: Transitions) -> Prefix:
         kind = self.transports.prefix

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Self
 
 import torch
+from longctx_kernels.running import LogSumExp
 from torch import Tensor
 
 from longctx.sequence.affine import Prefix, Transitions, affine_prefix
@@ -158,15 +159,24 @@ class SequenceView(ABC):
         """
 
     @abstractmethod
+    def running_log_sum_exp(self, x_BTR: Tensor) -> LogSumExp:
+        """Of the tokens of a document so far, `[B, T, ...]`: log-sum-exps in at least fp32.
+
+        With the logs of the shares that earlier tokens and each token itself have in them.
+        """
+
+    @abstractmethod
     def delta_attention(
         self,
         operands: tuple[Tensor, Tensor, Tensor, Tensor],
         log_decay: Tensor | None,
+        log_momentum: Tensor | None = None,
         backend: str = "auto",
     ) -> Tensor:
         """The delta rule over each document, of q, k `[B, T, H, K]`, v `[B, T, H, V]`, beta.
 
-        Beta is `[B, T, H]`; the log decay None, `[B, T, H]` or `[B, T, H, K]`, at most 0.
+        Beta is `[B, T, H]`; the log decay None, `[B, T, H]` or `[B, T, H, K]`, at most 0. With a
+        log momentum, as scalar as the decay has to be, writes go on.
         """
 
     @abstractmethod

@@ -16,7 +16,14 @@ from longctx_kernels.specimens import Subject, calls, specimens, subject_of
 
 ROOT = Path(__file__).parents[2]
 KERNELS = sorted((ROOT / "kernels" / "longctx_kernels").glob("*.py"))
-WITHOUT_DOT = {"decay_scan", "lifetime_delta_kernel"}
+WITHOUT_DOT = {
+    "decay_scan",
+    "lifetime_delta_kernel",
+    "norm_gate_backward",
+    "norm_gate_forward",
+    "short_convolution_backward",
+    "short_convolution_forward",
+}
 SAMPLE = 10
 """Launches that are compiled for each architecture but sm_90."""
 

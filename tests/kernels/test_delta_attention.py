@@ -8,7 +8,7 @@ from tests.kernels.test_decay_attention import PACKED, gate, noise
 from tests.tolerances import assert_close
 
 H, K, V = 3, 5, 7
-KINDS = ("none", "g", "gk")
+KINDS = ("none", "g", "gk", "momentum")
 LENGTHS = {"T=1": (1, None), "T=64": (64, None), "T=65": (65, None), "packed": (200, PACKED)}
 each_kind = pytest.mark.parametrize("kind", KINDS)
 each_length = pytest.mark.parametrize(("length", "cuts"), LENGTHS.values(), ids=LENGTHS.keys())
@@ -18,12 +18,17 @@ def operands(length, cuts=None, dtype=torch.float64, kind="none", strength="mixe
     """q, unit k, v, beta in 0..2 and initial states; and a gate by the name of its argument."""
     batch = 2 if cuts is None else 1
     tokens, pieces = (batch, length, H), batch if cuts is None else len(cuts) - 1
+    has_momentum = kind == "momentum"
+    state = (pieces, H, K * (1 + has_momentum), V)
     q, k, v, initial = (
         noise(length + i, *shape)
-        for i, shape in enumerate(((*tokens, K), (*tokens, K), (*tokens, V), (pieces, H, K, V)))
+        for i, shape in enumerate(((*tokens, K), (*tokens, K), (*tokens, V), state))
     )
-    beta = 2 * noise(7, *tokens).sigmoid()
+    beta = (1 if has_momentum else 2) * noise(7, *tokens).sigmoid()
     leaves = [x.to(dtype).requires_grad_() for x in (q, F.normalize(k, dim=-1), v, beta, initial)]
+    if has_momentum:
+        log_momentum = F.logsigmoid(noise(8, *tokens)).to(dtype).requires_grad_()
+        return leaves, gate("g", strength, leaves[0]) | {"momentum": log_momentum}
     return leaves, {} if kind == "none" else gate(kind, strength, leaves[0])
 
 
@@ -90,14 +95,13 @@ def test_a_change_leaves_earlier_outputs_alone(kind):
 @each_kind
 def test_a_range_of_tokens_is_an_affine_map_of_the_state(kind):
     leaves, gates = operands(150, kind=kind)
-    q, k, v, beta = (x.detach()[0] for x in leaves[:4])
-    g = gates[kind].detach()[0] if gates else torch.zeros(H, dtype=torch.float64)
-    added, move = delta_torch.segment_map((q, k, v, beta, g), wants_move=True)
-    state = noise(9, 1, H, K, V)
-    cuts = (0, 150)
-    _, _, final = delta_torch.delta_forward((q, k, v, beta, g), 1.0, cuts, state)
+    flat = [x.detach()[0] for x in (*leaves[:4], *gates.values())]
+    flat += [] if gates else [torch.zeros(H, dtype=torch.float64)]
+    added, move = delta_torch.segment_map(flat, wants_move=True)
+    state = leaves[4].detach()[:1]
+    _, _, final = delta_torch.delta_forward(flat, 1.0, (0, 150), state)
     assert_close(move @ state[0] + added, final[0], "fp64")
-    alone, _ = delta_torch.segment_map((q, k, v, beta, g), wants_move=False)
+    alone, _ = delta_torch.segment_map(flat, wants_move=False)
     assert_close(alone, added, "fp64")
 
 
@@ -119,6 +123,7 @@ def test_states_do_not_drift_over_many_tokens():
         ({"backend": "fla"}, "needs a CUDA device"),
         ({"g": torch.zeros(2, 9, 3)}, r"g must be \(2, 10, 3\)"),
         ({"g": torch.zeros(2, 10, 3), "gk": torch.zeros(2, 10, 3, 5)}, "at most one of g"),
+        ({"momentum": torch.zeros(2, 10, 3)}, "momentum needs g"),
         ({"cu_seqlens": torch.tensor([0, 10])}, "needs B = 1"),
         ({"v": torch.zeros(2, 10, 3, 7)}, "must have q's dtype"),
     ],

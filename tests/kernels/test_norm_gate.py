@@ -43,14 +43,15 @@ def by_row(x, gate=None, weight=None, eps=1e-6, activation="silu"):
     return torch.stack(rows).view_as(x)
 
 
-def check(operands, precision="fp64", **options):
+def check(operands, precision="fp64", backend="auto", **options):
     wide = {name: x.detach().double().requires_grad_() for name, x in operands.items()}
     expected = results(by_row, wide, **options)
-    for op in (norm_gate, norm_gate_reference):
-        actual = results(op, operands, **options)
-        for name, value in expected.items():
-            assert_close(actual[name], value, precision, name)
-            assert name == "out" or actual[name].dtype == operands[name].dtype
+    actual = results(norm_gate, operands, backend=backend, **options)
+    for name, value in expected.items():
+        assert_close(actual[name], value, precision, name)
+        assert name == "out" or actual[name].dtype == operands[name].dtype
+    for name, value in results(norm_gate_reference, wide, **options).items():
+        assert_close(value, expected[name], "fp64", f"reference {name}")
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -54,11 +54,11 @@ def results(op, operands, age_BT=None, **options):
     return {"out": out.detach()} | dict(zip(operands, grads))
 
 
-def check(operands, age_BT=None, precision="fp64", **options):
+def check(operands, age_BT=None, precision="fp64", backend="auto", **options):
     """Compares with the definition in fp64 from the same inputs."""
     wide = {name: x.detach().double().requires_grad_() for name, x in operands.items()}
     expected = results(short_convolution_reference, wide, age_BT, **options)
-    actual = results(short_convolution, operands, age_BT, **options)
+    actual = results(short_convolution, operands, age_BT, backend=backend, **options)
     for name, value in expected.items():
         assert_close(actual[name], value, precision, name)
         assert actual[name].is_contiguous()

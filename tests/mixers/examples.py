@@ -4,8 +4,15 @@ A kind without an entry here is tested with its defaults, at width 16.
 """
 
 from longctx.mixers import MixerConfig, Place
+from longctx.mixers.aaren import AarenConfig
+from longctx.mixers.agent import AgentConfig
+from longctx.mixers.delta import DeltaNetConfig, GDNConfig, KDAConfig
+from longctx.mixers.efficient import EfficientConfig
+from longctx.mixers.favor import FavorConfig
+from longctx.mixers.flowformer import FlowformerConfig
 from longctx.mixers.linear import LinearConfig
 from longctx.mixers.moh import MoHConfig
+from longctx.mixers.rala import RalaConfig
 from longctx.mixers.softmax import SoftmaxConfig
 
 WIDTH = 16
@@ -21,6 +28,21 @@ VARIANTS: dict[str, dict[str, MixerConfig]] = {
         ),
         "softmax-map": LinearConfig(num_heads=2, feature_map="softmax", denominator=True),
         "unit-map": LinearConfig(num_heads=2, feature_map="unit", head_dim=5),
+        "hedgehog": LinearConfig(num_heads=2, feature_map="hedgehog", denominator=True),
+        "t2r": LinearConfig(num_heads=2, feature_map="t2r", value_dim=3, denominator=True),
+        "based": LinearConfig(
+            num_heads=2, feature_map="based", feature_dim=3, decay="none", denominator=True
+        ),
+        "rebased": LinearConfig(num_heads=2, feature_map="rebased", feature_dim=3),
+        "dpfp": LinearConfig(
+            num_heads=4, head_dim=8, value_dim=2, feature_map="dpfp", nu=2, denominator=True
+        ),
+        "cosformer": LinearConfig(
+            num_heads=2, feature_map="cosformer", longest=1024, denominator=True
+        ),
+        "fast": LinearConfig(num_heads=2, feature_map="fast", feature_dim=3, denominator=True),
+        "inline": LinearConfig(num_heads=2, feature_map="silu", decay="none", inline=True),
+        "transnormer": LinearConfig(num_heads=2, head_dim=5, lrpe="all", norm="simple"),
     },
     "softmax": {
         "full": SoftmaxConfig(num_heads=2),
@@ -28,6 +50,35 @@ VARIANTS: dict[str, dict[str, MixerConfig]] = {
         "shared-key": SoftmaxConfig(num_heads=4, num_kv_heads=1, rope_fraction=0.0),
         "window": SoftmaxConfig(num_heads=2, window=9, qk_norm=False),
         "window-1": SoftmaxConfig(num_heads=2, window=1),
+    },
+    "deltanet": {
+        "default": DeltaNetConfig(num_heads=2),
+        "no-convolution": DeltaNetConfig(
+            num_heads=4, convolution=0, negative_eigenvalues=True, head_dim=3, value_dim=5
+        ),
+    },
+    "gdn": {
+        "default": GDNConfig(num_heads=2, head_dim=4, value_dim=6),
+        "grouped": GDNConfig(num_heads=4, num_key_heads=2, head_dim=3, convolution=2),
+    },
+    "kda": {
+        "default": KDAConfig(num_heads=2, head_dim=4),
+        "safe": KDAConfig(num_heads=2, head_dim=3, value_dim=5, lowest_log_decay=-0.5),
+    },
+    "aaren": {"default": AarenConfig(num_heads=4, head_dim=3, value_dim=4)},
+    "agent": {
+        "default": AgentConfig(num_heads=2, head_dim=3, num_agents=4),
+        "one-agent": AgentConfig(num_heads=4, head_dim=3, num_agents=1, value_dim=5),
+    },
+    "efficient": {"default": EfficientConfig(num_heads=4, head_dim=3, value_dim=4)},
+    "favor": {
+        "default": FavorConfig(num_heads=2, head_dim=4),
+        "more-features": FavorConfig(num_heads=4, head_dim=3, num_features=7, value_dim=2),
+    },
+    "rala": {"default": RalaConfig(num_heads=4, head_dim=5, value_dim=3)},
+    "flowformer": {
+        "default": FlowformerConfig(num_heads=2, head_dim=3),
+        "wide-clamp": FlowformerConfig(num_heads=4, head_dim=3, value_dim=5, clamp=5.0),
     },
     "moh": {
         "softmax": MoHConfig(
