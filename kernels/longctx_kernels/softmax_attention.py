@@ -1,10 +1,11 @@
 """Causal softmax attention by tiles that return their log-sum-exp; optional window, shared heads.
 
 `window = w > 0` shows each query its own key and the `w - 1` before it; 0 shows the whole past.
+The first `persistent` keys, which are those of no token, are shown to every query.
 H query heads share HKV key heads in groups of H / HKV. Tile operands are `[H, T, D]`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from longctx_kernels.pieces import piece_cuts
 
 QUERY_TILE = 256
+PERSISTENT_TILE = 4096
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -24,6 +26,7 @@ def softmax_attention_reference(
     window: int = 0,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
+    persistent: int = 0,
 ) -> Tensor:
     """The definition, query by query; differentiable by autograd."""
     B, T, H, K = q.shape
@@ -36,7 +39,8 @@ def softmax_attention_reference(
     outputs = []
     for start, stop in zip(cuts, cuts[1:]):
         for t in range(start, stop):
-            seen = slice(max(start, t + 1 - window) if window else start, t + 1)
+            first = max(start, t + 1 - window) if window else start
+            seen = [*range(persistent), *range(persistent + first, persistent + t + 1)]
             scores_H1J = q_MHK[t, :, None, :] @ k_MHK[seen].permute(1, 2, 0) * scale
             outputs.append((scores_H1J.softmax(-1) @ v_MHV[seen].transpose(0, 1))[:, 0])
     return torch.stack(outputs).view(B, T, H, -1).to(v.dtype)
@@ -49,10 +53,13 @@ def softmax_attention(
     window: int = 0,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
+    persistent: int = 0,
 ) -> Tensor:
     """The same values by tiles; the backward pass reuses the saved output and log-sum-exp."""
     B, T, H, K = q.shape
-    if k.shape[:2] != (B, T) or v.shape[:3] != k.shape[:3] or H % k.shape[2]:
+    if persistent and B != 1:
+        raise ValueError(f"persistent keys need B = 1 (flatten the batch), got B = {B}")
+    if k.shape[:2] != (B, T + persistent) or v.shape[:3] != k.shape[:3] or H % k.shape[2]:
         raise ValueError(
             f"k and v must match q {tuple(q.shape)} with heads that divide {H}, "
             f"got {tuple(k.shape)} and {tuple(v.shape)}"
@@ -63,7 +70,7 @@ def softmax_attention(
     elif B != 1:
         raise ValueError(f"cu_seqlens needs B = 1 (flatten the batch), got B = {B}")
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    return _forward_op(q, k, v, cu_seqlens, window, scale)[0].unflatten(0, (B, T))
+    return _forward_op(q, k, v, cu_seqlens, window, scale, persistent)[0].unflatten(0, (B, T))
 
 
 def attend_tiles(
@@ -80,11 +87,13 @@ def attend_tiles(
 
 
 @torch.no_grad()
-def softmax_attention_after(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
+def softmax_attention_after(
+    q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, persistent: int = 0
+) -> Tensor:
     """Generation: the T queries are those of the last T keys. No gradient."""
-    lead = k.shape[1] - q.shape[1]
-    tile = Tile(0, q.shape[1], 0, k.shape[1], lead, window)
-    rows = [tile_forward(*(x.transpose(0, 1) for x in row), tile, scale)[0] for row in zip(q, k, v)]
+    T, U = q.shape[1], k.shape[1]
+    tiles = (Tile(0, T, persistent, U, U - persistent - T, window), *_shown(T, persistent))
+    rows = [_attended([x.transpose(0, 1) for x in row], tiles, scale)[0] for row in zip(q, k, v)]
     return torch.stack(rows).transpose(1, 2)
 
 
@@ -167,6 +176,25 @@ def piece_tiles(begin: int, end: int, own_key: int, before: int, window: int) ->
     return tiles
 
 
+def with_persistent(tiles: tuple[Tile, ...], queries: int, persistent: int) -> tuple[Tile, ...]:
+    """The tiles when `persistent` keys that every query sees come before the others."""
+    moved = (
+        replace(t, key_start=t.key_start + persistent, key_stop=t.key_stop + persistent)
+        for t in tiles
+    )
+    return (*moved, *_shown(queries, persistent)) if persistent else tiles
+
+
+def _shown(queries: int, persistent: int) -> tuple[Tile, ...]:
+    if not persistent:
+        return ()
+    bounds = [*range(0, queries, PERSISTENT_TILE), queries]
+    return tuple(
+        Tile(start, stop, 0, persistent, FULL, first=False)
+        for start, stop in zip(bounds, bounds[1:])
+    )
+
+
 class _SoftmaxAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_HTK, k_JTK, v_JTV, tiles, scale):
@@ -197,17 +225,19 @@ def _gradients(dout_HTV, operands, results, tiles, scale) -> tuple[Tensor, ...]:
     return tuple(dx.to(x.dtype) for dx, x in zip(grads, operands))
 
 
-def _tiles_of(cuts_N: Tensor, q_MHK: Tensor, window: int) -> "tuple[Tile, ...]":
-    return plan_tiles(piece_cuts(1, q_MHK.shape[0], cuts_N), window)
+def _tiles_of(cuts_N: Tensor, q_MHK: Tensor, window: int, persistent: int) -> tuple[Tile, ...]:
+    tiles = plan_tiles(piece_cuts(1, q_MHK.shape[0], cuts_N), window)
+    return with_persistent(tiles, q_MHK.shape[0], persistent)
 
 
 @torch.library.custom_op("longctx::softmax_attention", mutates_args=())
 def _forward_op(
-    q_MHK: Tensor, k_MJK: Tensor, v_MJV: Tensor, cuts_N: Tensor, window: int, scale: float
-) -> tuple[Tensor, Tensor]:
+    q_MHK: Tensor, k_MJK: Tensor, v_MJV: Tensor, cuts_N: Tensor, window: int, scale: float,
+    persistent: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out `[M, H, V]`, lse `[H, M]`); the cuts lie on the CPU and are no part of a graph."""
     operands = tuple(x.transpose(0, 1) for x in (q_MHK, k_MJK, v_MJV))
-    out_HMV, lse_HM = _attended(operands, _tiles_of(cuts_N, q_MHK, window), scale)
+    out_HMV, lse_HM = _attended(operands, _tiles_of(cuts_N, q_MHK, window, persistent), scale)
     return out_HMV.transpose(0, 1).contiguous(), lse_HM
 
 
@@ -221,12 +251,12 @@ def _(q_MHK, _k, v_MJV, *_others):
 @torch.library.custom_op("longctx::softmax_attention_backward", mutates_args=())
 def _backward_op(
     dout_MHV: Tensor, operands: list[Tensor], results: list[Tensor], cuts_N: Tensor,
-    window: int, scale: float,
+    window: int, scale: float, persistent: int,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of q, k, v."""
     dout_HMV, *by_head = (x.transpose(0, 1) for x in (dout_MHV, *operands, results[0]))
     *by_head, out_HMV = by_head
-    tiles = _tiles_of(cuts_N, operands[0], window)
+    tiles = _tiles_of(cuts_N, operands[0], window, persistent)
     grads = _gradients(dout_HMV, tuple(by_head), (out_HMV, results[1]), tiles, scale)
     return [dx.transpose(0, 1).contiguous() for dx in grads]
 
@@ -237,14 +267,15 @@ def _(_dout, operands, *_others):
 
 
 def _keep(ctx, inputs, output) -> None:
-    *operands, cuts_N, ctx.window, ctx.scale = inputs
+    *operands, cuts_N, ctx.window, ctx.scale, ctx.persistent = inputs
     ctx.save_for_backward(*operands, *output, cuts_N)
 
 
 def _differentiate(ctx, dout, _dlse):
     q, k, v, out, lse, cuts_N = ctx.saved_tensors
-    grads = _backward_op(dout, [q, k, v], [out, lse], cuts_N, ctx.window, ctx.scale)
-    return *grads, None, None, None
+    options = (ctx.window, ctx.scale, ctx.persistent)
+    grads = _backward_op(dout, [q, k, v], [out, lse], cuts_N, *options)
+    return *grads, None, None, None, None
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_keep)

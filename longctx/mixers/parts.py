@@ -1,16 +1,22 @@
 """Parts that several mixers are made of."""
 
 import math
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from longctx_kernels.decay_attention import decay_attention, decay_attention_reference
 from longctx_kernels.norm_gate import norm_gate
 from longctx_kernels.short_convolution import short_convolution
 from torch import Tensor, nn
 
-from longctx.sequence.expected import Expected, Share, halo_traffic
-from longctx.sequence.view import SequenceView
+from longctx.errors import InputError
+from longctx.mixers.base import HeadsConfig, Mixer
+from longctx.sequence.expected import Expected, Gate, Share, Sizes, decay_traffic, halo_traffic
+from longctx.sequence.local import LocalView
+from longctx.sequence.sharded import Transports
+from longctx.sequence.view import SequenceView, one_row
 
 
 class ShortConvolution(nn.Module):
@@ -102,12 +108,16 @@ class SelectiveDecay(nn.Module):
 
     def forward(self, x_BTM: Tensor) -> Tensor:
         """`[B, T, H]`, or `[B, T, H, K]` if there are channels, in at least fp32."""
-        wide = torch.promote_types(x_BTM.dtype, torch.float32)
-        step_BTM = F.softplus(x_BTM.to(wide) + self.bias.to(wide))
-        rate_H = self.log_rate.to(wide).exp()
+        step_BTM = self.steps(x_BTM)
+        rate_H = self.log_rate.to(step_BTM.dtype).exp()
         if self.bias.numel() == rate_H.numel():
             return -rate_H * step_BTM
         return -rate_H[:, None] * step_BTM.unflatten(-1, (rate_H.numel(), -1))
+
+    def steps(self, x_BTM: Tensor) -> Tensor:
+        """`softplus(x + bias)` alone, in at least fp32."""
+        wide = torch.promote_types(x_BTM.dtype, torch.float32)
+        return F.softplus(x_BTM.to(wide) + self.bias.to(wide))
 
     def bounded(self, x_BTM: Tensor, lowest: float) -> Tensor:
         """`lowest * sigmoid(exp(log_rate) (x + bias))` instead: never below `lowest`."""
@@ -123,6 +133,8 @@ class LowRank(nn.Module):
         super().__init__()
         self.down = nn.Linear(width, rank, bias=False)
         self.up = nn.Linear(rank, out, bias=bias)
+        if bias:
+            nn.init.zeros_(self.up.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Each token on its own."""
@@ -138,3 +150,117 @@ def unit(x: Tensor, eps: float = 1e-6) -> Tensor:
 def log_sigmoid(x: Tensor) -> Tensor:
     """In at least fp32, as log decays are."""
     return F.logsigmoid(x.to(torch.promote_types(x.dtype, torch.float32)))
+
+
+class TokenShift(nn.Module):
+    """Each channel's mean of a token and the one before it, which a document's first token lacks.
+
+    `x_t + mix (x_{t-1} - x_t)` as in RWKV; the token left of a cut comes as a halo.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mix = nn.Parameter(torch.full((width,), 0.5))
+
+    def forward(self, x_BTD: Tensor, view: SequenceView) -> Tensor:
+        """Mixed `x`."""
+        device = x_BTD.device.type
+        if torch.is_autocast_enabled(device):
+            # As projections would do with it: what travels is as narrow as other activations.
+            x_BTD = x_BTD.to(torch.get_autocast_dtype(device))
+        before_BTD = torch.cat([wide[:, :-1] for wide in view.halo(x_BTD, 1)], 1)
+        before_BTD = before_BTD.where(view.positions_BT[..., None] > 0, 0)
+        return (x_BTD + self.mix * (before_BTD - x_BTD)).to(x_BTD.dtype)
+
+    def expected_traffic(self, share: Share) -> Expected:
+        """What one rank exchanges for it."""
+        return halo_traffic(share, 1, len(self.mix))
+
+
+MOST_STATE_MIB = 32
+
+
+@dataclass(frozen=True)
+class DecayConfig(HeadsConfig):
+    """Base of mixers whose core is decay attention with a log decay of their own per token."""
+
+    def verbs(self) -> frozenset[str]:
+        return frozenset({"prefix"})
+
+    def refusal(self, transports: Transports) -> str:
+        if transports.prefix == "ulysses":
+            return super().refusal(transports)
+        if self.backend == "fla":
+            return "backend = 'fla' cannot split a sequence: choose auto, or prefix 'ulysses'"
+        return ""
+
+    def check_state(self, key_dim: int, value_dim: int, field: str) -> None:
+        """Raises InputError, naming `field`, if a state is too large to be sent around."""
+        mib = self.num_heads * key_dim * value_dim * 4 / 2**20
+        if mib > MOST_STATE_MIB:
+            raise InputError(
+                f"{field} = {key_dim}: states of {self.num_heads} heads x {key_dim} x {value_dim} "
+                f"take {mib:.0f} MiB for each layer and sequence, more than {MOST_STATE_MIB}; "
+                "make heads smaller, or take fewer"
+            )
+
+
+class DecayMixer(Mixer):
+    """Its core; `project` gives tensors that begin with q, k, v and the log decay.
+
+    q holds the scale; the log decay is `[B, T, H]` or `[B, T, H, K]`, at least fp32, at most 0.
+    """
+
+    def __init__(self, config: DecayConfig, key_dim: int, value_dim: int, gate_size: int):
+        super().__init__()
+        self.computes_with, self.num_heads = config.computes_with, config.num_heads
+        self.key_dim, self.value_dim, self.gate_size = key_dim, value_dim, gate_size
+
+    def core(self, projected: Any, view: SequenceView) -> Tensor:
+        q_BTHK, k_BTHK, v_BTHV, log_decay = projected[:4]
+        return view.decay_attention(q_BTHK, k_BTHK, v_BTHV, log_decay, self.computes_with)
+
+    def core_reference(self, projected: Any, view: LocalView) -> Tensor:
+        q, k, v, log_decay = (one_row(x) for x in projected[:4])
+        g, gk = self._gates(log_decay)
+        y, _ = decay_attention_reference(q, k, v, g=g, gk=gk, scale=1.0, cu_seqlens=view.cu_seqlens)
+        return y.view_as(projected[2])
+
+    def advance(self, projected: Any, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        q_BTHK, k_BTHK, v_BTHV, log_decay = projected[:4]
+        g, gk = self._gates(log_decay)
+        return decay_attention(
+            q_BTHK,
+            k_BTHK,
+            v_BTHV,
+            g=g,
+            gk=gk,
+            scale=1.0,
+            initial_state=memory,
+            output_final_state=True,
+        )
+
+    def _gates(self, log_decay: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """As operators want them, scalar or diagonal."""
+        return (log_decay, None) if log_decay.ndim == 3 else (None, log_decay)
+
+    def core_flops(self, contexts_M: Tensor) -> int:
+        return 4 * self.num_heads * self.key_dim * self.value_dim * contexts_M.numel()
+
+    def expected_traffic(self, share: Share) -> Expected:
+        sizes = Sizes(self.num_heads, self.num_heads, self.key_dim, self.value_dim)
+        return decay_traffic(share, sizes, Gate(self.gate_size, share.widths.state))
+
+
+def rotate(x_BTHK: Tensor, positions_BT: Tensor, base: float, fraction: float = 1.0) -> Tensor:
+    """Rotary position embedding of the first `fraction` of each head, in at least fp32."""
+    half = int(x_BTHK.shape[-1] * fraction) // 2
+    if half == 0:
+        return x_BTHK
+    dtype = torch.promote_types(x_BTHK.dtype, torch.float32)
+    exponent = torch.arange(half, device=x_BTHK.device, dtype=torch.float64) / half
+    angle = positions_BT[..., None].to(torch.float64) * base**-exponent
+    cos, sin = angle.cos().to(dtype)[:, :, None], angle.sin().to(dtype)[:, :, None]
+    left, right, rest = x_BTHK.to(dtype).split((half, half, x_BTHK.shape[-1] - 2 * half), -1)
+    turned = (left * cos - right * sin, left * sin + right * cos, rest)
+    return torch.cat(turned, -1).to(x_BTHK.dtype)

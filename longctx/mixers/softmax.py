@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from longctx.errors import InputError
 from longctx.mixers.base import Backend, HeadsConfig, Mixer, Place, RMSNorm, split_heads
+from longctx.mixers.parts import rotate
 from longctx.sequence.expected import Expected, Share, Sizes, softmax_traffic
 from longctx.sequence.local import LocalView
 from longctx.sequence.sharded import Transports
@@ -75,20 +76,6 @@ class SoftmaxConfig(HeadsConfig, kind="softmax"):
             f"num_kv_heads = {key_heads} is neither a multiple nor a divisor of "
             f"parallel.heads = {group}: change one of them"
         )
-
-
-def rotate(x_BTHK: Tensor, positions_BT: Tensor, base: float, fraction: float) -> Tensor:
-    """Rotary position embedding of the first `fraction` of each head, in at least fp32."""
-    half = int(x_BTHK.shape[-1] * fraction) // 2
-    if half == 0:
-        return x_BTHK
-    dtype = torch.promote_types(x_BTHK.dtype, torch.float32)
-    exponent = torch.arange(half, device=x_BTHK.device, dtype=torch.float64) / half
-    angle = positions_BT[..., None].to(torch.float64) * base**-exponent
-    cos, sin = angle.cos().to(dtype)[:, :, None], angle.sin().to(dtype)[:, :, None]
-    left, right, rest = x_BTHK.to(dtype).split((half, half, x_BTHK.shape[-1] - 2 * half), -1)
-    turned = (left * cos - right * sin, left * sin + right * cos, rest)
-    return torch.cat(turned, -1).to(x_BTHK.dtype)
 
 
 class SoftmaxParts(NamedTuple):

@@ -41,6 +41,7 @@ class Gate(NamedTuple):
 
     size: int
     width: int
+    has_gradient: bool = True
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def running_traffic(share: Share, elements: int) -> Expected:
 
 def means_traffic(share: Share, sizes: Sizes) -> Expected:
     """Of means of values with `key_dim` rows of log weights a head: log-sum-exps, then states."""
-    gate = Gate(sizes.key_dim, share.widths.state)
+    gate = Gate(sizes.key_dim, share.widths.state, has_gradient=False)
     sums = running_traffic(share, sizes.heads * sizes.key_dim)
     return combined([sums, decay_traffic(share, sizes, gate)])
 
@@ -167,9 +168,8 @@ def _traded(share: Share, inner: Sizes, gates: Gate | None) -> Expected:
         return trade
     own, others = share.traded_tokens
     token = share.rows * inner.heads * gates.size * gates.width
-    return combined(
-        [trade, _both_ways("heads", Traffic(1, others * token), Traffic(1, own * token))]
-    )
+    back = Traffic(1, own * token) if gates.has_gradient else Traffic(0, 0)
+    return combined([trade, _both_ways("heads", Traffic(1, others * token), back)])
 
 
 def prefix_traffic(share: Share, sizes: Sizes, factor: int = 0) -> Expected:

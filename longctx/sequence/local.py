@@ -16,9 +16,9 @@ from longctx.sequence.affine import GatheredPrefix, Prefix, Transitions
 from longctx.sequence.communicator import Alone, Communicator
 from longctx.sequence.placement import place
 from longctx.sequence.plan import Documents, Plan, document_starts
-from longctx.sequence.sights import attend_seen
+from longctx.sequence.sights import attend_seen, with_persistent_keys
 from longctx.sequence.verbs import AFFINE, DENSE_AFFINE, Monoid
-from longctx.sequence.view import SequenceView, one_row
+from longctx.sequence.view import Persistent, SequenceView, one_row
 
 
 class LocalView(SequenceView):
@@ -127,16 +127,21 @@ class LocalView(SequenceView):
         v_BTJV: Tensor,
         window: int,
         backend: str = "auto",
+        persistent: Persistent | None = None,
     ) -> Tensor:
-        q, k, v = one_row(q_BTHK), one_row(k_BTJK), one_row(v_BTJV)
+        q, k, v = (x.flatten(0, 1) for x in (q_BTHK, k_BTJK, v_BTJV))
+        if persistent is not None:
+            k, v = persistent.before(k, v)
+        count = len(k) - len(q)
         if backend_of(q, backend) == "triton":
             ends_M = self.ends_M
             if window:
                 ends_M = torch.minimum(ends_M, self.places_M + window)
-            sight = Sight(self.places_M, self.places_M, ends_M)
-            out = attend_seen(q[0], k[0], v[0], sight)
+            sight = with_persistent_keys(Sight(self.places_M, self.places_M, ends_M), count)
+            out = attend_seen(q, k, v, sight)
         else:
-            out = softmax_attention(q, k, v, window, cu_seqlens=self.cu_seqlens)
+            cuts, row = self.cu_seqlens, (q[None], k[None], v[None])
+            out = softmax_attention(*row, window, cu_seqlens=cuts, persistent=count)
         return out.view(*q_BTHK.shape[:3], -1)
 
     def _make_prefix(self, transitions: Transitions) -> Prefix:

@@ -122,5 +122,5 @@ def running_means(
 ) -> Tensor:
     """Every row's mean of the values so far, weighted by exp(log_weight), and these by `read`."""
     sums = runs.running_log_sum_exp(log_weight_BTHR)
-    read_BTHR, share_BTHR = read_BTHR.type_as(v_BTHV), sums.added.exp().type_as(v_BTHV)
-    return runs.decay_attention(read_BTHR, share_BTHR, v_BTHV, sums.kept, backend)
+    read, own = (read_BTHR * (-sums.whole).exp()).type_as(v_BTHV), sums.own.exp().type_as(v_BTHV)
+    return runs.decay_attention(read, own, v_BTHV, sums.decay, backend)

@@ -7,7 +7,12 @@ from typing import Literal
 import torch
 from longctx_kernels.launch import backend_of
 from longctx_kernels.running import LogSumExp
-from longctx_kernels.softmax_attention import Tile, attend_tiles, piece_tiles
+from longctx_kernels.softmax_attention import (
+    Tile,
+    attend_tiles,
+    piece_tiles,
+    with_persistent,
+)
 from torch import Tensor
 
 from longctx.sequence.affine import ChainedPrefix, GatheredPrefix, Prefix, Transitions
@@ -21,8 +26,8 @@ from longctx.sequence.ledger import Label
 from longctx.sequence.local import LocalView
 from longctx.sequence.plan import Plan
 from longctx.sequence.running import sharded_log_sum_exp
-from longctx.sequence.sights import attend_seen, halo_sight
-from longctx.sequence.view import SequenceView
+from longctx.sequence.sights import attend_seen, halo_sight, with_persistent_keys
+from longctx.sequence.view import Persistent, SequenceView
 
 SCAN_BLOCKS = 4
 
@@ -162,16 +167,23 @@ class ShardedView(SequenceView):
         v_BTJV: Tensor,
         window: int,
         backend: str = "auto",
+        persistent: Persistent | None = None,
     ) -> Tensor:
         if self.transports.heads > 1:
             inner, trade = self._by_heads()
             k_BTJK, v_BTJV = trade.repeated(k_BTJK), trade.repeated(v_BTJV)
             q, k, v = (trade.gather_tokens(x) for x in (q_BTHK, k_BTJK, v_BTJV))
-            return trade.gather_heads(inner.softmax_attention(q, k, v, window, backend))
+            if persistent is not None:
+                shared = (trade.share(trade.repeated(x[None])[0], 1) for x in persistent)
+                persistent = Persistent(*shared)
+            out = inner.softmax_attention(q, k, v, window, backend, persistent)
+            return trade.gather_heads(out)
         flat = (q_BTHK.flatten(0, 1), k_BTJK.flatten(0, 1), v_BTJV.flatten(0, 1))
         backend = backend_of(q_BTHK, backend)
         if window:
-            out = self._windowed(flat, window, backend)
+            out = self._windowed(flat, window, backend, persistent)
+        elif persistent is not None:
+            raise ValueError("persistent keys need a window")
         else:
             wires = Wires(self.links.ring, self._label("stream"), backend)
             out = sharded_softmax_attention(
@@ -179,16 +191,22 @@ class ShardedView(SequenceView):
             )
         return out.unflatten(0, q_BTHK.shape[:2])
 
-    def _windowed(self, flat: tuple[Tensor, ...], window: int, backend: str) -> Tensor:
+    def _windowed(
+        self, flat: tuple[Tensor, ...], window: int, backend: str, persistent: Persistent | None
+    ) -> Tensor:
         q_MHK, k_MJK, v_MJV = flat
         halo = self.plan.once(HaloPlan, min(window, self.plan.placement.length) - 1, 0)
         together = torch.cat((k_MJK, v_MJV), -1)
         wide = Halo.apply(together, halo, self.links.ring, self._label("halo"))
         k, v = wide.split((k_MJK.shape[-1], v_MJV.shape[-1]), -1)
+        if persistent is not None:
+            k, v = persistent.before(k, v)
+        count = len(k) - len(wide)
         if backend != "triton":
-            return attend_tiles(q_MHK, k, v, self.plan.once(window_tiles, halo, window))
+            tiles = self.plan.once(window_tiles, halo, window)
+            return attend_tiles(q_MHK, k, v, with_persistent(tiles, len(q_MHK), count))
         sight = self.plan.once(halo_sight, halo, window, q_MHK.device)
-        return attend_seen(q_MHK, k, v, sight)
+        return attend_seen(q_MHK, k, v, with_persistent_keys(sight, count))
 
     def _by_heads(self) -> tuple[SequenceView, HeadTrade]:
         """The view inside a Ulysses group, and the trade that leads there."""

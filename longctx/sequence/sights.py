@@ -56,6 +56,17 @@ def halo_sight(plan: Plan, halo: HaloPlan, window: int, device: torch.device) ->
     return _sight(queries, positions, torch.minimum(ends, positions + window), device)
 
 
+def with_persistent_keys(sight: Sight, count: int) -> Sight:
+    """The same when `count` keys that every query sees come before the others."""
+    if not count:
+        return sight
+    keys = sight.key_positions
+    positions = torch.cat((keys.new_zeros(count), keys))
+    assert sight.expiry is not None
+    expiry = torch.cat((keys.new_full((count,), LARGEST), sight.expiry))
+    return Sight(sight.query_positions, positions, expiry)
+
+
 def attend_seen(q_MHK: Tensor, k_NJK: Tensor, v_NJV: Tensor, sight: Sight) -> Tensor:
     """Softmax attention by Triton's kernels over the keys in sight."""
     assert sight.expiry is not None

@@ -7,7 +7,7 @@ other implementations spread a sequence over ranks and answer the same calls wit
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from longctx_kernels.running import LogSumExp
@@ -39,6 +39,18 @@ def one_row(x_BTHD: Tensor) -> Tensor:
 
 
 PURPOSES = ("mixer dropout", "mlp dropout", "router")
+
+
+class Persistent(NamedTuple):
+    """Keys and values of no token."""
+
+    k_NJK: Tensor
+    v_NJV: Tensor
+
+    def before(self, k_MJK: Tensor, v_MJV: Tensor) -> tuple[Tensor, Tensor]:
+        """These and those of tokens."""
+        k = torch.cat((self.k_NJK.to(k_MJK.dtype), k_MJK))
+        return k, torch.cat((self.v_NJV.to(v_MJV.dtype), v_MJV))
 
 
 class SequenceView(ABC):
@@ -160,9 +172,9 @@ class SequenceView(ABC):
 
     @abstractmethod
     def running_log_sum_exp(self, x_BTR: Tensor) -> LogSumExp:
-        """Of the tokens of a document so far, `[B, T, ...]`: log-sum-exps in at least fp32.
+        """Of the tokens of a document so far, `[B, T, ...]`, in at least fp32.
 
-        With the logs of the shares that earlier tokens and each token itself have in them.
+        With the logs of weights that decay attention makes means of the past of.
         """
 
     @abstractmethod
@@ -187,5 +199,9 @@ class SequenceView(ABC):
         v_BTJV: Tensor,
         window: int,
         backend: str = "auto",
+        persistent: Persistent | None = None,
     ) -> Tensor:
-        """Causal softmax attention over each document; `window` keys are seen, 0 sees all."""
+        """Causal softmax attention over each document; `window` keys are seen, 0 sees all.
+
+        With a window, every query sees the persistent keys too.
+        """

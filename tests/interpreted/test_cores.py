@@ -8,7 +8,7 @@ from longctx_kernels.launch import is_interpreted
 
 from longctx.sequence.local import LocalView
 from longctx.sequence.sharded import Transports
-from longctx.sequence.view import SequenceView
+from longctx.sequence.view import Persistent, SequenceView
 from tests.sequence.cases import Case, Setting, Values, errors, run_simulated, run_whole
 from tests.tolerances import LARGEST_ERROR
 
@@ -23,20 +23,24 @@ SETTINGS = (
 )
 
 
-def case(name: str, core, **tokens: tuple[int, ...]) -> Case:
+def case(name: str, core, shared=None, **tokens: tuple[int, ...]) -> Case:
     return Case(
         name,
         tokens,
         lambda shard, inputs: core(shard.view, inputs),
         lambda setting, inputs: core(LocalView(setting.documents, setting.length), inputs),
+        shared or {},
     )
 
 
-def softmax(window: int) -> Case:
+def softmax(window: int, persistent: int = 0) -> Case:
     def core(view: SequenceView, x: Values) -> torch.Tensor:
-        return view.softmax_attention(x["q"], x["k"], x["v"], window)
+        shown = Persistent(x["pk"], x["pv"]) if persistent else None
+        return view.softmax_attention(x["q"], x["k"], x["v"], window, persistent=shown)
 
-    return case(f"window {window}", core, q=(HEADS, SIZE), k=(2, SIZE), v=(2, SIZE))
+    shared = {name: (persistent, 2, SIZE) for name in ("pk", "pv") if persistent}
+    name = f"window {window}, {persistent} persistent"
+    return case(name, core, shared, q=(HEADS, SIZE), k=(2, SIZE), v=(2, SIZE))
 
 
 def decay(name: str, *gate: int) -> Case:
@@ -51,6 +55,7 @@ def decay(name: str, *gate: int) -> Case:
 CASES = (
     softmax(0),
     softmax(6),
+    softmax(6, persistent=3),
     decay("constant"),
     decay("scalar", HEADS),
     decay("diagonal", HEADS, SIZE),

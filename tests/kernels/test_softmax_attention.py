@@ -42,6 +42,32 @@ def test_tiles_equal_the_definition(length, cuts, sizes, window, monkeypatch):
         assert_close(a, e, "fp64", name)
 
 
+@pytest.mark.parametrize("window", [0, 9, 40])
+@pytest.mark.parametrize("sizes", [(8, 8), (5, 7)], ids=["flash", "unequal sizes"])
+def test_persistent_keys_are_seen_by_every_query(sizes, window, monkeypatch):
+    monkeypatch.setattr(op, "PERSISTENT_TILE", 20)
+    q, k, v = operands(1, 75, *sizes)
+    cuts = torch.tensor([0, 1, 30, 72])
+
+    def differentiated(call):
+        out = call(q[:, 3:], k, v, window, None, cuts, persistent=3)
+        return *torch.autograd.grad(out.cos().sum(), (q, k, v)), out
+
+    expected = differentiated(softmax_attention_reference)
+    actual = differentiated(softmax_attention)
+    for name, a, e in zip(("dq", "dk", "dv", "out"), actual, expected, strict=True):
+        assert_close(a, e, "fp64", name)
+    alone = softmax_attention_reference(q[:, 3:], k[:, 3:], v[:, 3:], window, None, cuts)
+    assert (alone - actual[3]).abs().max() > 1e-2
+
+
+def test_persistent_keys_are_seen_in_generation():
+    q, k, v = operands(1, 43, 8, 8)
+    expected = softmax_attention(q[:, 3:], k, v, 5, persistent=3)[:, -7:]
+    actual = softmax_attention_after(q[:, -7:], k, v, 5, 8**-0.5, persistent=3)
+    assert_close(actual, expected, "fp64")
+
+
 @pytest.mark.parametrize("window", [0, 5, 30])
 def test_queries_after_a_memory_equal_the_last_rows(window):
     q, k, v = operands(2, 40, 8, 8)

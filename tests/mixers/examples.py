@@ -10,10 +10,14 @@ from longctx.mixers.delta import DeltaNetConfig, GDNConfig, KDAConfig
 from longctx.mixers.efficient import EfficientConfig
 from longctx.mixers.favor import FavorConfig
 from longctx.mixers.flowformer import FlowformerConfig
+from longctx.mixers.gla import GLAConfig
+from longctx.mixers.hgrn2 import HGRN2Config
 from longctx.mixers.linear import LinearConfig
+from longctx.mixers.mamba2 import Mamba2Config
 from longctx.mixers.moh import MoHConfig
 from longctx.mixers.rala import RalaConfig
 from longctx.mixers.softmax import SoftmaxConfig
+from longctx.mixers.titans import TitansConfig
 
 WIDTH = 16
 PLACE = Place(width=WIDTH, layer=1, depth=3)
@@ -79,6 +83,22 @@ VARIANTS: dict[str, dict[str, MixerConfig]] = {
     "flowformer": {
         "default": FlowformerConfig(num_heads=2, head_dim=3),
         "wide-clamp": FlowformerConfig(num_heads=4, head_dim=3, value_dim=5, clamp=5.0),
+    },
+    "gla": {
+        "default": GLAConfig(num_heads=2, head_dim=3, value_dim=5, decay_rank=4),
+        "token-shift": GLAConfig(num_heads=4, temperature=2.0, token_shift=True),
+    },
+    "hgrn2": {
+        "rising": HGRN2Config(num_heads=2, head_dim=6, value_dim=3),
+        "constant": HGRN2Config(num_heads=4, bounds="constant", lower_bound=0.0),
+    },
+    "mamba2": {
+        "one-group": Mamba2Config(num_heads=2, head_dim=5, state_size=3, convolution=3),
+        "two-groups": Mamba2Config(num_heads=4, head_dim=3, state_size=4, num_groups=2),
+    },
+    "titans": {
+        "memory": TitansConfig(num_heads=2, head_dim=4),
+        "gated": TitansConfig(num_heads=2, head_dim=3, window=9, persistent=3, convolution=0),
     },
     "moh": {
         "softmax": MoHConfig(
