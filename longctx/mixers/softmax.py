@@ -1,7 +1,7 @@
 """Softmax attention: full or windowed, shared key heads, QK-norm, full, partial or no RoPE."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from longctx_kernels.softmax_attention import (
@@ -33,6 +33,8 @@ class SoftmaxConfig(HeadsConfig, kind="softmax"):
     """Share of each head that is rotated; 0 uses no positions (NoPE)."""
     qk_norm: bool = True
     """RMSNorm of queries and keys per head."""
+    gate: Literal["none", "sigmoid"] = "none"
+    """Activation of the output gate."""
 
     def on(self, backend: Backend) -> "SoftmaxConfig":
         # fla's softmax attention is not among its operators for which there is a use here.
@@ -79,11 +81,12 @@ class SoftmaxConfig(HeadsConfig, kind="softmax"):
 
 
 class SoftmaxParts(NamedTuple):
-    """Rotated queries and keys, and values."""
+    """Rotated queries and keys, values, and the raw output gate."""
 
     q_BTHK: Tensor
     k_BTJK: Tensor
     v_BTJV: Tensor
+    gate_BTHV: Tensor | None
 
 
 class Softmax(Mixer):
@@ -100,6 +103,7 @@ class Softmax(Mixer):
         self.value = nn.Linear(place.width, J * K, bias=False)
         self.query_norm = RMSNorm(K) if config.qk_norm else nn.Identity()
         self.key_norm = RMSNorm(K) if config.qk_norm else nn.Identity()
+        self.gate = nn.Linear(place.width, H * K, bias=False) if config.gate != "none" else None
         self.project_out = nn.Linear(H * K, place.width, bias=False)
 
     def project(self, x_BTD: Tensor, view: SequenceView) -> SoftmaxParts:
@@ -107,17 +111,18 @@ class Softmax(Mixer):
         k_BTJK = self.key_norm(split_heads(self.key(x_BTD), self.num_kv_heads))
         v_BTJV = split_heads(self.value(x_BTD), self.num_kv_heads)
         q_BTHK, k_BTJK = self._rotate(q_BTHK, view), self._rotate(k_BTJK, view)
-        return SoftmaxParts(q_BTHK.type_as(v_BTJV), k_BTJK.type_as(v_BTJV), v_BTJV)
+        gate = None if self.gate is None else split_heads(self.gate(x_BTD), self.num_heads)
+        return SoftmaxParts(q_BTHK.type_as(v_BTJV), k_BTJK.type_as(v_BTJV), v_BTJV, gate)
 
     def _rotate(self, x_BTHK: Tensor, view: SequenceView) -> Tensor:
         config = self.config
         return rotate(x_BTHK, view.positions_BT, config.rope_base, config.rope_fraction)
 
     def core(self, projected: SoftmaxParts, view: SequenceView) -> Tensor:
-        return view.softmax_attention(*projected, self.config.window, self.config.computes_with)
+        return view.softmax_attention(*projected[:3], self.config.window, self.config.computes_with)
 
     def core_reference(self, projected: SoftmaxParts, view: LocalView) -> Tensor:
-        q, k, v = (one_row(x) for x in projected)
+        q, k, v = (one_row(x) for x in projected[:3])
         y = softmax_attention_reference(q, k, v, self.config.window, cu_seqlens=view.cu_seqlens)
         return y.view(*projected.q_BTHK.shape[:3], -1)
 
@@ -131,6 +136,10 @@ class Softmax(Mixer):
         y_BTHV = softmax_attention_after(projected.q_BTHK, keys, values, window, self.size**-0.5)
         forgotten = max(0, keys.shape[1] - (window - 1)) if window else 0
         return y_BTHV, (keys[:, forgotten:], values[:, forgotten:])
+
+    def read(self, y_BTHV: Tensor, projected: SoftmaxParts) -> Tensor:
+        gate = projected.gate_BTHV
+        return y_BTHV if gate is None else y_BTHV * gate.sigmoid()
 
     def output(self, y_BTHV: Tensor) -> Tensor:
         return self.project_out(y_BTHV.flatten(2))

@@ -2,7 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +10,13 @@ from torch import Tensor, nn
 from longctx.errors import InputError
 from longctx.mixers import Mixer, MixerConfig, Place
 from longctx.mixers.base import Backend, RMSNorm
-from longctx.model.layers import SwiGLU
+from longctx.model.layers import FEED_FORWARD
 from longctx.model.loss import linear_cross_entropy
 from longctx.sequence.local import LocalView
 from longctx.sequence.view import SequenceView
+
+MLP_ONLY = "-"
+"""The letter of a layer without a mixer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +28,13 @@ class ModelConfig:
     depth: int = 4
     """Number of layers."""
     pattern: str = "LLLS"
-    """One letter a layer, repeated until depth is reached."""
+    """One letter a layer, repeated until depth is reached; - is a layer without a mixer."""
     mixers: dict[str, MixerConfig]
     """The mixer each letter of the pattern stands for; letters may stay unused."""
+    without_mlp: str = ""
+    """Letters whose layers have no feed-forward part."""
+    mlp: Literal["swiglu", "relu2"] = "swiglu"
+    """Kind of the feed-forward layers."""
     mlp_hidden: int = 0
     """Hidden size of the feed-forward layers; 0 means 8/3 of width, rounded up to 32."""
     backend: Backend = "auto"
@@ -45,8 +52,17 @@ class ModelConfig:
                 raise InputError(f"model.{name} = {getattr(self, name)}: must be at least 1")
         if not self.pattern:
             raise InputError("model.pattern is empty: give one letter a layer, such as 'LLLS'")
-        for letter in self.pattern:
+        if MLP_ONLY in self.mixers:
+            raise InputError(f"model.mixers.{MLP_ONLY}: stands for no mixer; choose another letter")
+        for letter in self.without_mlp:
             if letter not in self.mixers:
+                raise InputError(
+                    f"model.without_mlp = {self.without_mlp!r}: {letter!r} is no letter of a mixer"
+                )
+        if not set(self.pattern) - {MLP_ONLY}:
+            raise InputError(f"model.pattern = {self.pattern!r}: has no mixer at all")
+        for letter in self.pattern:
+            if letter not in (MLP_ONLY, *self.mixers):
                 known = ", ".join(self.mixers) or "none"
                 raise InputError(
                     f"model.pattern = {self.pattern!r}: letter {letter!r} has no table "
@@ -60,30 +76,46 @@ class ModelConfig:
             raise InputError(f"model.mlp_hidden = {self.mlp_hidden}: must be 0 or positive")
 
     @property
+    def letters(self) -> str:
+        """The letter of each layer."""
+        return (self.pattern * -(-self.depth // len(self.pattern)))[: self.depth]
+
+    @property
     def layers(self) -> tuple[MixerConfig, ...]:
-        """The mixer of each layer."""
-        letters = (self.pattern * -(-self.depth // len(self.pattern)))[: self.depth]
-        return tuple(self.mixers[letter].on(self.backend) for letter in letters)
+        """The mixer of each layer that has one."""
+        return tuple(
+            self.mixers[letter].on(self.backend) for letter in self.letters if letter != MLP_ONLY
+        )
 
 
 class Block(nn.Module):
-    """Pre-norm mixer and feed-forward layer around the residual stream."""
+    """Pre-norm mixer and feed-forward layer around the residual stream; one of them may lack."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        width = config.width
-        self.mixer_norm = RMSNorm(width)
-        self.mixer: Mixer = config.layers[layer].build(Place(width, layer, config.depth))
-        self.mlp_norm = RMSNorm(width)
-        self.mlp = SwiGLU(width, config.mlp_hidden or -(-width * 8 // 96) * 32)
+        width, letter = config.width, config.letters[layer]
+        self.mixer: Mixer | None = None
+        self.mlp: nn.Module | None = None
+        if letter != MLP_ONLY:
+            self.mixer_norm = RMSNorm(width)
+            mixer = config.mixers[letter].on(config.backend)
+            self.mixer = mixer.build(Place(width, layer, config.depth))
+        if letter not in config.without_mlp:
+            self.mlp_norm = RMSNorm(width)
+            hidden = config.mlp_hidden or -(-width * 8 // 96) * 32
+            self.mlp = FEED_FORWARD[config.mlp](width, hidden)
         self.dropout = config.dropout
 
     def forward(self, x_BTD: Tensor, view: SequenceView) -> tuple[Tensor, dict[str, Tensor]]:
         """New residual stream, and the mixer's losses."""
-        mixed = self.mixer(self.mixer_norm(x_BTD), view)
-        x_BTD = x_BTD + self._drop(mixed.out, view, "mixer dropout")
-        out_BTD = self.mlp(self.mlp_norm(x_BTD))
-        return x_BTD + self._drop(out_BTD, view, "mlp dropout"), mixed.losses
+        losses: dict[str, Tensor] = {}
+        if self.mixer is not None:
+            out_BTD, losses = self.mixer(self.mixer_norm(x_BTD), view)
+            x_BTD = x_BTD + self._drop(out_BTD, view, "mixer dropout")
+        if self.mlp is not None:
+            out_BTD = self.mlp(self.mlp_norm(x_BTD))
+            x_BTD = x_BTD + self._drop(out_BTD, view, "mlp dropout")
+        return x_BTD, losses
 
     def _drop(self, x_BTD: Tensor, view: SequenceView, purpose: str) -> Tensor:
         if not (self.dropout and self.training):
@@ -93,9 +125,12 @@ class Block(nn.Module):
 
     def step(self, x_BTD: Tensor, view: LocalView, memory: Any) -> tuple[Tensor, Any]:
         """The same for the next tokens of a sequence."""
-        out, memory = self.mixer.step(self.mixer_norm(x_BTD), view, memory)
-        x_BTD = x_BTD + out
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), memory
+        if self.mixer is not None:
+            out_BTD, memory = self.mixer.step(self.mixer_norm(x_BTD), view, memory)
+            x_BTD = x_BTD + out_BTD
+        if self.mlp is not None:
+            x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD))
+        return x_BTD, memory
 
 
 class Losses(NamedTuple):
@@ -154,10 +189,12 @@ class Decoder(nn.Module):
         """Forward FLOPs by kind of layer, for tokens with these numbers of tokens to see."""
         tokens = contexts_M.numel()
         flops = {"mlp": 0, "head": 2 * tokens * self.head.weight.numel()}
-        for mixer_config, block in zip(self.config.layers, self.blocks, strict=True):
-            kind = mixer_config.kind
-            flops[kind] = flops.get(kind, 0) + block.mixer.flops(contexts_M)
-            flops["mlp"] += 2 * tokens * sum(p.numel() for p in block.mlp.parameters())
+        for letter, block in zip(self.config.letters, self.blocks, strict=True):
+            if block.mixer is not None:
+                kind = self.config.mixers[letter].kind
+                flops[kind] = flops.get(kind, 0) + block.mixer.flops(contexts_M)
+            if block.mlp is not None:
+                flops["mlp"] += 2 * tokens * sum(p.numel() for p in block.mlp.parameters())
         return flops
 
 

@@ -50,7 +50,7 @@ VARIANTS: dict[str, dict[str, MixerConfig]] = {
     },
     "softmax": {
         "full": SoftmaxConfig(num_heads=2),
-        "grouped": SoftmaxConfig(num_heads=4, num_kv_heads=2, rope_fraction=0.5),
+        "grouped": SoftmaxConfig(num_heads=4, num_kv_heads=2, rope_fraction=0.5, gate="sigmoid"),
         "shared-key": SoftmaxConfig(num_heads=4, num_kv_heads=1, rope_fraction=0.0),
         "window": SoftmaxConfig(num_heads=2, window=9, qk_norm=False),
         "window-1": SoftmaxConfig(num_heads=2, window=1),
