@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
+
+_device_constructors()  # remembers what makes tensors, before that is replaced below
 
 
 @pytest.fixture(autouse=True, scope="session")
