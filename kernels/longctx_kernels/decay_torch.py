@@ -134,6 +134,10 @@ def decay_backward(
             dv = (decay.scores(q, k).mT @ dout).add_((k * decay.until_end) @ ends)
             if dG is not None:
                 store_gate(slab, dG, q * dq - k * dk)
+            # Pairs of a token with itself have no decay; in dG they would only cancel.
+            own = (dout * v).sum(-1, keepdim=True)
+            dq.addcmul_(own, k)
+            dk.addcmul_(own, q)
             for x_THD, x in zip(grads, (dq.mul_(scale), dk, dv)):
                 slab.store(x_THD, x.to(x_THD.dtype))
     return *grads, dG, dinitial
@@ -239,8 +243,9 @@ class _Even:
         return (q @ k.mT).mul_(self.between)
 
     def score_gradients(self, dscores: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of q and k by way of `scores`; overwrites `dscores`."""
+        """Gradients of q and k by way of `scores`, without own pairs; overwrites `dscores`."""
         dscores.mul_(self.between)
+        dscores.diagonal(dim1=2, dim2=3).zero_()
         return dscores @ k, dscores.mT @ q
 
 
@@ -318,9 +323,8 @@ class _Diagonal(_Doubling):
         return scores
 
     def score_gradients(self, dscores: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of q and k by way of `scores`."""
-        own = dscores.diagonal(dim1=2, dim2=3)[..., None]
-        dq, dk = own * k, own * q
+        """Gradients of q and k by way of `scores`, without own pairs."""
+        dq, dk = torch.zeros_like(q), torch.zeros_like(k)
         for since, until in self.levels:
             half = since.shape[3]
             second, first = _halves(q, k, since, until)

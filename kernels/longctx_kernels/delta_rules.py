@@ -79,7 +79,7 @@ class Decayed:
         move.diagonal(dim1=-2, dim2=-1).add_(self._whole)
 
     def backward(self, q: Tensor, k: Tensor, d: Coefficients) -> tuple[Tensor, ...]:
-        factors = self._factors
+        factors, own = self._factors, d.scores.diagonal(dim1=2, dim2=3)[..., None].clone()
         dq, dk = factors.score_gradients(d.scores, q, k)
         dq.add_(d.read * factors.since_start)
         dk_reading, dk_read = factors.score_gradients(d.products, k, k)
@@ -87,14 +87,15 @@ class Decayed:
         dk_kept = d.kept * factors.until_end
         dk.add_(dk_read)
         if self._is_constant:
-            return dq, dk + dk_reading + dk_kept
+            return dq + own * k, dk + dk_reading + dk_kept + own * q
         # Of running sums since a chunk's start: queries and reading keys gain, written ones lose.
         dsums = q * dq + k * (dk_reading - dk - dk_kept)
         whole = self._whole * (d.starts * d.ends).sum(-1)
         dsums[:, :, -1] += whole + (k * dk_kept).sum(2)
         if self._is_scalar:
             dsums = dsums.sum(-1, keepdim=True)
-        return dq, dk + dk_reading + dk_kept, dsums.flip(2).cumsum(2).flip(2)
+        dk = dk + dk_reading + dk_kept + own * q
+        return dq + own * k, dk, dsums.flip(2).cumsum(2).flip(2)
 
 
 class Momentum:

@@ -1,9 +1,10 @@
 """Linear attention: a feature map, a constant decay or none, a state of fixed size.
 
 `basic` is elu1 with a denominator. Lightning Attention is silu with the `alibi` decay (the
-schedule of the TransNormerLLM and MiniMax code) or `paper` (equation 10 of arXiv 2405.17381);
-RetNet's constants are `retention`. TransNormerLLM (arXiv 2307.14995) is Lightning with
-`lrpe = "first"` and `norm = "simple"`.
+schedule of the TransNormerLLM code; `minimax` differs in the last layer) or `paper` (equation 10
+of arXiv 2405.17381); RetNet's constants are `retention`. TransNormerLLM (arXiv 2307.14995) is
+Lightning with `lrpe = "first"` and `norm = "simple"`; MiniMax-01 (2501.08313) is Lightning with
+silu of values too, `norm = "all"` and a sigmoid gate.
 
 The `inline` read-out (arXiv 2412.06590) gives token j the weight `a_ij - mean_j a_ij + 1 / n` with
 `a_ij = q_i.k_j / (n sqrt(K))`: weights sum to 1 and may be negative. The paper is about images and
@@ -41,9 +42,9 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 def log_decay(schedule: str, num_heads: int, place: Place) -> Tensor | None:
     """Log decay per head of a named schedule, at most 0."""
     h = torch.arange(1, num_heads + 1, dtype=torch.float64)
-    if schedule == "alibi":
-        depth_factor = 1 - place.layer / max(1, place.depth - 1) + 1e-5
-        return -torch.exp2(-8 * h / num_heads) * depth_factor
+    if schedule in ("alibi", "minimax"):
+        last = max(1, place.depth - 1) if schedule == "alibi" else place.depth - 1 + 1e-5
+        return -torch.exp2(-8 * h / num_heads) * (1 - place.layer / last + 1e-5)
     if schedule == "paper":
         return -8 * h / num_heads * (1 - place.layer / place.depth)
     if schedule == "retention":
@@ -68,7 +69,7 @@ class LinearConfig(HeadsConfig, kind="linear"):
     """The longest document that cosformer can tell positions of, at least train.seq_len."""
     lrpe: Literal["none", "first", "all"] = "none"
     """Layers that turn queries and keys by position: TransNormerLLM's paper does in the first."""
-    decay: Literal["none", "alibi", "paper", "retention"] = "alibi"
+    decay: Literal["none", "alibi", "minimax", "paper", "retention"] = "alibi"
     """Schedule of the constant decay per head and layer."""
     denominator: bool = False
     """Divide by the sum of the weights; needs a positive feature map."""
@@ -78,8 +79,10 @@ class LinearConfig(HeadsConfig, kind="linear"):
     """Activation of the output gate."""
     output_norm: bool = True
     """Normalise each head's output."""
-    norm: Literal["rms", "simple"] = "rms"
-    """How: RMSNorm, or x sqrt(V) / |x| without weights (SRMSNorm)."""
+    norm: Literal["rms", "all", "simple"] = "rms"
+    """How: RMSNorm, one over the channels of all heads, or x sqrt(V) / |x| without weights."""
+    value_map: Literal["identity", "silu"] = "identity"
+    """Map of values."""
 
     def build(self, place: Place) -> "Linear":
         return Linear(self, place)
@@ -209,7 +212,8 @@ class Linear(Mixer):
         self.features *= 2 if is_turned else 1
         self.norm: nn.Module | None = None
         if config.output_norm:
-            self.norm = RMSNorm(V) if config.norm == "rms" else SimpleRMSNorm()
+            sizes = {"rms": V, "all": H * V}
+            self.norm = SimpleRMSNorm() if config.norm == "simple" else RMSNorm(sizes[config.norm])
         self.project_out = nn.Linear(H * V, place.width, bias=False)
         self.register_buffer("log_decay_H", log_decay(config.decay, H, place), persistent=False)
         self.score_scale, self.value_size = K**-0.5, V
@@ -223,6 +227,7 @@ class Linear(Mixer):
     def project(self, x_BTD: Tensor, view: SequenceView) -> LinearParts:
         positions_BT = view.positions_BT
         v_BTHV = split_heads(self.value(x_BTD), self.num_heads)
+        v_BTHV = F.silu(v_BTHV) if self.config.value_map == "silu" else v_BTHV
         q_BTHK = self.map_query(split_heads(self.query(x_BTD), self.num_heads), positions_BT)
         k_BTHK = self.map_key(split_heads(self.key(x_BTD), self.num_heads), positions_BT)
         if self.lrpe is not None:
@@ -287,7 +292,9 @@ class Linear(Mixer):
         return (mean_BTHV[..., :-1] + own_BTH1 * total_BTHV).type_as(v_BTHV)
 
     def read(self, y_BTHV: Tensor, projected: LinearParts) -> Tensor:
-        if self.norm is not None:
+        if self.norm is not None and self.config.norm == "all":
+            y_BTHV = self.norm(y_BTHV.flatten(2)).view_as(y_BTHV)
+        elif self.norm is not None:
             y_BTHV = self.norm(y_BTHV)
         if projected.gate_BTHV is not None:
             y_BTHV = y_BTHV * GATES[self.config.gate](projected.gate_BTHV)

@@ -29,6 +29,7 @@ class ShortConvolution(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, width))
         self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
+        nn.init.uniform_(self.weight, -(width**-0.5), width**-0.5)
 
     def initial(self, name: str, generator: torch.Generator) -> Tensor | None:
         """Weights uniform within 1 / sqrt(width)."""

@@ -13,6 +13,7 @@ from longctx.mixers.flowformer import FlowformerConfig
 from longctx.mixers.gla import GLAConfig
 from longctx.mixers.hgrn2 import HGRN2Config
 from longctx.mixers.linear import LinearConfig
+from longctx.mixers.lla import LLAConfig
 from longctx.mixers.mamba2 import Mamba2Config
 from longctx.mixers.moh import MoHConfig
 from longctx.mixers.rala import RalaConfig
@@ -31,6 +32,9 @@ VARIANTS: dict[str, dict[str, MixerConfig]] = {
             num_heads=2, feature_map="elu1", decay="none", denominator=True, output_norm=False
         ),
         "softmax-map": LinearConfig(num_heads=2, feature_map="softmax", denominator=True),
+        "minimax": LinearConfig(
+            num_heads=2, decay="minimax", value_map="silu", norm="all", gate="sigmoid"
+        ),
         "unit-map": LinearConfig(num_heads=2, feature_map="unit", head_dim=5),
         "hedgehog": LinearConfig(num_heads=2, feature_map="hedgehog", denominator=True),
         "t2r": LinearConfig(num_heads=2, feature_map="t2r", value_dim=3, denominator=True),
@@ -99,6 +103,10 @@ VARIANTS: dict[str, dict[str, MixerConfig]] = {
     "titans": {
         "memory": TitansConfig(num_heads=2, head_dim=4),
         "gated": TitansConfig(num_heads=2, head_dim=3, window=9, persistent=3, convolution=0),
+    },
+    "lla": {
+        "default": LLAConfig(num_heads=2, head_dim=3),
+        "sharp": LLAConfig(num_heads=1, head_dim=2, ridge=0.5, rope_fraction=0.0, qk_norm=False),
     },
     "moh": {
         "softmax": MoHConfig(

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from longctx.mixers import Place
 from longctx.mixers.hgrn2 import HGRN2Config, forget_gate
-from longctx.mixers.linear import log_decay
+from longctx.mixers.linear import LinearConfig, log_decay
 from longctx.mixers.mamba2 import Mamba2Config
 from longctx.sequence.local import LocalView
 from tests.tolerances import assert_close
@@ -142,12 +142,8 @@ def test_retention_equals_fla():
     assert_close(decayed(q, k, v, log_decay_H), expected, "fp32")
 
 
-@pytest.mark.parametrize("layer", [0, 1, 3])
-def test_lightning_attention_equals_the_core_of_minimax_in_transformers(layer):
-    """Theirs divides the layer by L - 1 + 1e-5, ours by L - 1.
-
-    That shows in the last layer only, whose decay is 1e-5 times smaller than that of the first.
-    """
+@pytest.mark.parametrize("layer", [0, 1, 4])
+def test_linear_equals_minimaxs_lightning_attention_in_transformers(layer):
     from transformers.models.minimax.modeling_minimax import (
         MiniMaxConfig,
         MiniMaxLightningAttention,
@@ -163,10 +159,18 @@ def test_lightning_attention_equals_the_core_of_minimax_in_transformers(layer):
         hidden_act="silu",
         layer_types=["linear_attention"] * depth,
     )
-    theirs, before_norm = randomised(MiniMaxLightningAttention(config, layer)), []
-    theirs.norm.register_forward_pre_hook(lambda _, args: before_norm.append(args[0]))
+    theirs = randomised(MiniMaxLightningAttention(config, layer))
+    ours = LinearConfig(
+        num_heads=H, head_dim=K, decay="minimax", value_map="silu", norm="all", gate="sigmoid"
+    ).build(Place(width, layer, depth))
+    parts = theirs.qkv_proj.weight.view(H, 3, K, width).unbind(1)
+    with torch.no_grad():
+        # Queries are not scaled, neither here nor there.
+        for linear, weight in zip((ours.query, ours.key, ours.value), parts):
+            linear.weight.copy_(weight.reshape(linear.weight.shape))
+        ours.gate.weight.copy_(theirs.output_gate.weight)
+        ours.project_out.weight.copy_(theirs.out_proj.weight)
+        ours.norm.weight.copy_(theirs.norm.weight)
     x_BTD = noise(2, LENGTH, width)
-    theirs(x_BTD, (x_BTD, x_BTD), None)
-    q, k, v = F.silu(theirs.qkv_proj(x_BTD)).unflatten(-1, (H, 3 * K)).split(K, -1)
-    actual = decayed(q * K**0.5, k, v, log_decay("alibi", H, Place(width, layer, depth)))
-    assert_close(actual.flatten(2), before_norm[0], "fp32")
+    expected = theirs(x_BTD, (x_BTD, x_BTD), None)[0]
+    assert_close(ours(x_BTD).out, expected, "fp32")
