@@ -1,4 +1,4 @@
-"""Times longctx on this CPU: the training step, every mixer, and a peer.
+"""Times longctx on this CPU: the training step, every mixer, and peers.
 
 `python kernels/bench/cpu.py` writes docs/results/cpu-bench.md. Nothing is timed unless all
 correctness checks are green. The exit code is 1 if a check is red, a target is missed or the
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import checks
+from delta_peer import compare_delta_peer
 from layers import time_mixers
 from peers import compare_peer
 from report import DISTURBED, Section, machine
@@ -70,11 +71,12 @@ def _sections(sizes: Sizes) -> Iterator[Section]:
     yield time_training(settings, sizes)
     _say("Mixers")
     yield time_mixers(sizes)
-    _say("Peer")
-    section, red = compare_peer(sizes)
-    if red:
-        raise RedError(red)
-    yield section
+    for compare in (compare_peer, compare_delta_peer):
+        _say("Peer")
+        section, red = compare(sizes)
+        if red:
+            raise RedError(red)
+        yield section
 
 
 def _check(settings) -> Section:

@@ -1,24 +1,20 @@
 """What the GPU bench times, and the targets."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
-from gpu_checks import DTYPES, TOLERANCE, Tensors, relative_error
-from gpu_peers import convolution_peers, decay_peers, lightning_gamma, norm_peers, sdpa
+from gpu_checks import TOLERANCE, Tensors, relative_error
+from gpu_items import OURS, PRECISION, Item, Items, random_values
+from gpu_peers import decay_peers, lightning_gamma, sdpa
+from gpu_small import small_groups, small_names
 from gpu_timing import Cost, cost
 from longctx_kernels.decay_attention import decay_attention
-from longctx_kernels.launch import is_interpreted
 from longctx_kernels.lifetime_attention import flash_lifetime
-from longctx_kernels.norm_gate import norm_gate
-from longctx_kernels.short_convolution import short_convolution
 from torch import Tensor
 
-OURS = "longctx"
-# Triton's interpreter computes bf16 wrongly.
-PRECISION = "fp16" if is_interpreted() else "bf16"
 WINDOW = 4096
 SHAPES = (
     (2, 16384, 16, 128),
@@ -33,27 +29,8 @@ SHAPES = (
 
 LENGTHS, LONG, FULL_HEADS = (8192, 32768), 131072, 16
 TINY_SHAPES, TINY_LENGTHS, TINY_LONG = ((2, 48, 2, 16),) * 3, (48, 80), 160
-SMALL_SHAPE, TINY_SMALL_SHAPE, CONVOLUTION_WIDTH, EPS = (2, 16384, 16, 128), (2, 48, 2, 16), 4, 1e-6
 PEER_LIMIT = 2e-2
 """A peer whose error is larger does not compute the same and is no measure."""
-
-
-@dataclass(frozen=True)
-class Item:
-    """Inputs, and functions of them that compute the same, by who computes."""
-
-    op: str
-    name: str
-    inputs: Tensors
-    runs: Mapping[str, Callable[[Tensors], Tensor]]
-    reference: Callable[[Tensors, list[int]], Tensor]
-    """The fp64 output of some heads of the first row, given only their inputs."""
-    is_by_head: bool = True
-    """Whether heads and rows can be taken apart; if not, all of them are compared."""
-
-    def part(self, x: Tensor, heads: list[int]) -> Tensor:
-        """What is compared."""
-        return x[:1, :, heads] if self.is_by_head else x
 
 
 @dataclass(frozen=True)
@@ -72,15 +49,6 @@ class Row:
         return max(self.errors.values(), default=float("inf"))
 
 
-@dataclass(frozen=True)
-class Items:
-    """Makers of items, so that only one item's inputs are in memory."""
-
-    title: str
-    op: str
-    makers: tuple[tuple[str, Callable[[], Item]], ...]
-
-
 def groups(device: torch.device, tiny: bool) -> Iterator[Items]:
     """Everything that is timed, what has targets first."""
     shapes = TINY_SHAPES if tiny else SHAPES
@@ -97,11 +65,7 @@ def groups(device: torch.device, tiny: bool) -> Iterator[Items]:
     ]
     makers.append((f"window T{long}", partial(_causal_item, (long, H, D), window, device)))
     yield Items("Lifetime attention", "lifetime", tuple(makers))
-    small = TINY_SMALL_SHAPE if tiny else SMALL_SHAPE
-    makers = ((convolution_name(small), partial(_convolution_item, small, device)),)
-    yield Items("Short convolution", "short convolution", makers)
-    makers = ((norm_name(small), partial(_norm_item, small, device)),)
-    yield Items("Gated norm", "norm gate", makers)
+    yield from small_groups(device, tiny)
 
 
 def decay_name(gate: str, shape: tuple[int, ...]) -> str:
@@ -109,23 +73,13 @@ def decay_name(gate: str, shape: tuple[int, ...]) -> str:
     return f"{gate} " + " ".join(f"{letter}{size}" for letter, size in zip("BTHD", shape))
 
 
-def convolution_name(shape: tuple[int, ...]) -> str:
-    """Of an item: all heads side by side are its channels."""
-    B, T, H, D = shape
-    return f"convolution B{B} T{T} C{H * D} W{CONVOLUTION_WIDTH}"
-
-
-def norm_name(shape: tuple[int, ...]) -> str:
-    """Of an item."""
-    return "norm " + " ".join(f"{letter}{size}" for letter, size in zip("BTHV", shape))
-
-
 def time_item(make: Callable[[], Item], device: torch.device) -> Iterator[Row]:
     """Ours first: if it is wrong at this shape nothing of the item is timed."""
     item = make()
     first = next(iter(item.inputs.values()))
     heads = _some_heads(first)
-    dout = torch.randn_like(item.inputs.get("v", first))
+    with torch.no_grad():
+        dout = torch.randn_like(item.runs[OURS](item.inputs))
     expected = _reference(item, heads, dout)
     for who, run in item.runs.items():
         row = Row(item.name, who)
@@ -184,7 +138,7 @@ def _some_heads(q: Tensor) -> list[int]:
 
 def _decay_item(gate: str, shape: tuple[int, ...], device: torch.device) -> Item:
     B, T, H, D = shape
-    inputs = {name: _random(B, T, H, D, device=device) for name in "qkv"}
+    inputs = {name: random_values(B, T, H, D, device=device) for name in "qkv"}
     gamma_H = lightning_gamma(H, device)
     if gate == "scalar":
         inputs["g"] = torch.nn.functional.logsigmoid(torch.randn(B, T, H, device=device))
@@ -207,7 +161,7 @@ def _decay_item(gate: str, shape: tuple[int, ...], device: torch.device) -> Item
 
 def _causal_item(shape: tuple[int, ...], window: int | None, device: torch.device) -> Item:
     T, H, D = shape
-    inputs = {name: _random(1, T, H, D, device=device) for name in "qkv"}
+    inputs = {name: random_values(1, T, H, D, device=device) for name in "qkv"}
     expiry = None
     if window is not None:
         expiry = torch.arange(T, dtype=torch.int32, device=device)[None] + window
@@ -219,36 +173,6 @@ def _causal_item(shape: tuple[int, ...], window: int | None, device: torch.devic
     peers = {"torch SDPA flash": sdpa} if window is None and T < LONG else {}
     name = f"causal T{T}" if window is None else f"window T{T}"
     return Item("lifetime", name, inputs, {OURS: ours} | peers, lambda x, _: ours(x, "torch"))
-
-
-def _convolution_item(shape: tuple[int, ...], device: torch.device) -> Item:
-    (B, T, H, D), W = shape, CONVOLUTION_WIDTH
-    inputs = {"x": _random(B, T, H * D, device=device)}
-    inputs["weight"] = torch.randn(H * D, W, device=device)
-    inputs["bias"] = torch.randn(H * D, device=device)
-
-    def ours(x: Tensors, backend: str = "auto") -> Tensor:
-        operands = x["x"], x["weight"], x["bias"]
-        return short_convolution(*operands, activation="silu", backend=backend)
-
-    runs = {OURS: ours} | convolution_peers(device)
-    name = convolution_name(shape)
-    return Item("short convolution", name, inputs, runs, lambda x, _: ours(x, "torch"), False)
-
-
-def _norm_item(shape: tuple[int, ...], device: torch.device) -> Item:
-    inputs = {name: _random(*shape, device=device) for name in ("x", "gate")}
-    inputs["weight"] = torch.randn(shape[-1], device=device)
-
-    def ours(x: Tensors, backend: str = "auto") -> Tensor:
-        return norm_gate(x["x"], x["gate"], x["weight"], eps=EPS, backend=backend)
-
-    runs = {OURS: ours} | norm_peers(device, EPS)
-    return Item("norm gate", norm_name(shape), inputs, runs, lambda x, _: ours(x, "torch"), False)
-
-
-def _random(*shape: int, device: torch.device) -> Tensor:
-    return torch.randn(shape, device=device).to(DTYPES[PRECISION])
 
 
 @dataclass(frozen=True)
@@ -317,7 +241,7 @@ def targets() -> Iterator[Target]:
     for T in LENGTHS:
         text, name = f"causal T{T}: our time over SDPA's", f"causal T{T}"
         yield Target(text, lambda r, n=name: 1 / r.over_peer(n), 1.15, at_least=False)
-    for name, bound in ((convolution_name(SMALL_SHAPE), 1.3), (norm_name(SMALL_SHAPE), 1.0)):
+    for name, bound in zip(small_names(), (1.3, 1.0, 2.0)):
         yield Target(f"{name}: peer's time over ours", lambda r, n=name: r.over_peer(n), bound)
     yield Target(
         f"window {WINDOW} at T{LONG}: time of full causal over the window's",

@@ -13,6 +13,7 @@ from longctx_kernels.decay_attention import decay_attention, decay_attention_ref
 from longctx_kernels.launch import is_interpreted
 from longctx_kernels.lifetime_attention import NORMALISERS, flash_lifetime
 from longctx_kernels.norm_gate import ACTIVATIONS, norm_gate, norm_gate_reference
+from longctx_kernels.selected_rows import gather_rows, scatter_rows
 from longctx_kernels.short_convolution import short_convolution, short_convolution_reference
 from torch import Tensor
 
@@ -144,6 +145,8 @@ def problems(device: torch.device, tiny: bool) -> list[Callable[[torch.dtype], P
         made += [partial(_short_convolution, shape, W, cuts, device) for W in widths]
     rows = ((2, 9, 3, 20),) if tiny else ((2, T, 4, 128), (1, 515, 3, 100), (1, 63, 1, 4096))
     made += [partial(_norm_gate, shape, name, device) for shape in rows for name in ACTIVATIONS]
+    selections = ((2, 33, 3, 5, 20),) if tiny else ((1, T, 4, 300, 2048), (2, 129, 3, 50, 100))
+    made += [partial(_selected_rows, shape, device) for shape in selections]
     small, sights = (16 if tiny else 64), ("causal", "window", "packed", "per-head expiry")
     sizes = (small,) if tiny else (64, 128, 256)
     wide = {(sight, "softmax"): (128, 256) for sight in (*sights, "ranges")}
@@ -244,6 +247,30 @@ def _norm_gate(shape, activation: str, device, dtype) -> Problem:
 
     about = f"{activation}, " + " ".join(f"{n}{size}" for n, size in zip("BTHV", shape))
     return Problem("norm gate", about, inputs, call, DEFINITION)
+
+
+def _selected_rows(shape, device, dtype) -> Problem:
+    B, T, H, E, D = shape
+    index_BHE = some_tokens(B, T, H, E, device)
+    index_BHE[:, :, ::3] = -1
+    inputs = {
+        "x": _random(B, T, D, dtype=dtype, device=device),
+        "rows": _random(B, H, E, D, dtype=dtype, device=device),
+        "weight": _random(B, H, E, dtype=torch.float32, device=device),
+    }
+
+    def call(x: Tensors, backend: str) -> Tensors:
+        taken = gather_rows(x["x"], index_BHE, backend=backend)
+        put = scatter_rows(x["rows"], index_BHE, T, x["weight"], backend=backend)
+        return {"taken": taken, "put": put}
+
+    about = " ".join(f"{letter}{size}" for letter, size in zip("BTHED", shape))
+    return Problem("selected rows", about, inputs, call)
+
+
+def some_tokens(B: int, T: int, H: int, E: int, device: torch.device) -> Tensor:
+    """E tokens for every head, in rising order."""
+    return torch.rand(B, H, T, device=device).argsort(-1)[..., :E].sort(-1).values
 
 
 def _lifetime(sight: str, normaliser: str, size, device, dtype) -> Problem:

@@ -87,6 +87,13 @@ def norm_peers(device: torch.device, eps: float) -> dict[str, Peer]:
     )
 
 
+def index_add(x: Tensors, index_BHE: Tensor, length: int) -> Tensor:
+    """Rows of one sequence, weighted and added at their tokens by torch, in no fixed order."""
+    rows_BHED = x["rows"] * x["weight"][..., None].to(x["rows"].dtype)
+    out_TD = rows_BHED.new_zeros(length, rows_BHED.shape[-1])
+    return out_TD.index_add(0, index_BHE.flatten(), rows_BHED.flatten(0, 2))[None]
+
+
 def _has_fla(device: torch.device) -> bool:
     return bool(fla_version()) and device.type == "cuda"
 

@@ -12,6 +12,7 @@ from timing import Timing, interleave, note
 
 from longctx.config import decode
 from longctx.mixers import Mixer, MixerConfig, Place
+from longctx.mixers.base import HeadsConfig
 from longctx.sequence.local import LocalView
 
 MAX_GROWTH = 1.20
@@ -33,19 +34,32 @@ class Example:
         filled = dict(self.table)
         if "inner" in filled:
             filled["inner"] = {"num_heads": num_heads, **filled["inner"]}
-        elif filled["kind"] in ("linear", "softmax"):
+        elif issubclass(MixerConfig.kinds()[filled["kind"]], HeadsConfig):
             filled["num_heads"] = num_heads
         return decode(MixerConfig, filled, path=self.name)
 
 
 LIGHTNING = {"kind": "linear", "feature_map": "silu", "decay": "alibi", "gate": "sigmoid"}
+
+
+def _linear(name: str, **table: Any) -> Example:
+    return Example(f"linear: {name}", {"kind": "linear", **table}, is_judged=True)
+
+
 EXAMPLES = (
-    Example(
-        "linear: elu1, denominator",
-        {"kind": "linear", "feature_map": "elu1", "decay": "none", "denominator": True},
-        is_judged=True,
-    ),
+    _linear("elu1, denominator", feature_map="elu1", decay="none", denominator=True),
     Example("linear: lightning", LIGHTNING, is_judged=True),
+    _linear("hedgehog", feature_map="hedgehog", decay="none", denominator=True),
+    _linear("based", feature_map="based", decay="none", denominator=True),
+    *(
+        Example(kind, {"kind": kind}, is_judged=True)
+        for kind in ("gla", "hgrn2", "mamba2", "deltanet", "gdn", "kda", "titans")
+    ),
+    Example("titans: MAG, window 512", {"kind": "titans", "window": 512, "persistent": 16}),
+    *(
+        Example(kind, {"kind": kind}, is_judged=True)
+        for kind in ("aaren", "agent", "efficient", "favor", "rala", "flowformer")
+    ),
     Example("softmax: window 512", {"kind": "softmax", "window": 512}),
     Example(
         "moh, 4 of 8 heads: softmax, window 512",

@@ -9,7 +9,7 @@ class Sizes:
 
     width: int = 512
     num_heads: int = 8
-    lengths: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768)
+    lengths: tuple[int, ...] = (4096, 8192, 32768)
     quadratic_limit: int = 8192
     """Longest sequence for mixers whose cost per token grows with length."""
     tokens_per_sample: int = 8192

@@ -64,35 +64,39 @@ def _check(x: Tensor, gate: Tensor | None, weight: Tensor | None) -> None:
         raise ValueError(f"gate must have x's dtype {x.dtype}, got {gate.dtype}")
 
 
-def _slope(gate: Tensor, activation: str) -> Tensor:
-    """Derivative of the activation."""
-    if activation == "none":
-        return torch.ones_like(gate)
-    sigmoid = gate.sigmoid()
-    return sigmoid * (1 - sigmoid if activation == "sigmoid" else 1 + gate * (1 - sigmoid))
-
-
 def _torch_forward(x, gate, weight, eps, activation) -> Tensor:
-    return norm_gate_reference(x, gate, weight, eps=eps, activation=activation)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    weight = None if weight is None else weight.to(dtype)
+    out = F.rms_norm(x.to(dtype), x.shape[-1:], weight, eps)
+    if gate is not None:
+        out *= ACTIVATIONS[activation](gate.to(dtype))
+    return out.to(x.dtype)
 
 
 def _torch_backward(dout, x, gate, weight, eps, activation):
     """Gradients of x, the gate and the weight; None for what is None."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     dout, wide = dout.to(dtype), x.to(dtype)
+    weight = None if weight is None else weight.to(dtype)
     rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    normed = wide * rstd
-    dgate = dweight = None
+    normed, dgate, dweight = wide * rstd, None, None
     if gate is not None:
-        gate = gate.to(dtype)
-        dgate = dout * normed * _slope(gate, activation)
-        dout = dout * ACTIVATIONS[activation](gate)
-        dgate = dgate if weight is None else dgate * weight.to(dtype)
-    if weight is not None:
-        dweight = (dout * normed).flatten(0, -2).sum(0) if x.ndim > 1 else dout * normed
-        dout = dout * weight.to(dtype)
-    dx = rstd * (dout - normed * (dout * normed).mean(-1, keepdim=True))
-    return dx, dgate, dweight
+        factor = ACTIVATIONS[activation](gate.to(dtype))
+        dgate = dout * normed
+        if activation == "silu":
+            dgate = torch.ops.aten.silu_backward(dgate, gate.to(dtype))
+        elif activation == "sigmoid":
+            dgate = torch.ops.aten.sigmoid_backward(dgate, factor)
+        dgate = dgate if weight is None else dgate.mul_(weight)
+        dout = dout * factor
+    product = dout * normed
+    if weight is None:
+        along = product.mean(-1, keepdim=True)
+    else:
+        dweight = product.reshape(-1, x.shape[-1]).sum(0)
+        along = (product @ weight)[..., None] / x.shape[-1]
+        dout = dout * weight
+    return torch.addcmul(dout, normed, along, value=-1).mul_(rstd), dgate, dweight
 
 
 @torch.library.custom_op("longctx::norm_gate", mutates_args=())

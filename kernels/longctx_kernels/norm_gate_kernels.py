@@ -9,7 +9,7 @@ from triton import cdiv, next_power_of_2
 from longctx_kernels.launch import SIZES, Options, launch, launch_options
 from longctx_kernels.sigmoid import sigmoid
 
-LARGEST = 16384
+LARGEST = 8192
 """Values of a row that one program can hold."""
 
 

@@ -93,9 +93,9 @@ def _padded(x_BTC: Tensor, before_BWC: Tensor | None, W: int) -> Tensor:
     return torch.cat([before_BWC, x_BTC], 1)
 
 
-def _kept(x_BTC: Tensor, age_BT: Tensor | None, d: int) -> Tensor:
-    """Zero at the tokens whose document does not reach `d` tokens back."""
-    return x_BTC if age_BT is None or d == 0 else x_BTC * (age_BT >= d)[:, :, None]
+def _young(age_BT: Tensor | None, W: int) -> tuple[Tensor, Tensor] | None:
+    """Rows and numbers of the tokens, few, that lack a tap."""
+    return None if age_BT is None else (age_BT < W - 1).nonzero(as_tuple=True)
 
 
 def _filters(weight_CW: Tensor, dtype: torch.dtype) -> Tensor:
@@ -109,8 +109,14 @@ def _convolve(padded: Tensor, weight_CW, bias_C, age_BT) -> Tensor:
     W, T = len(filters_WC), padded.shape[1] - len(filters_WC) + 1
     pre_BTC = padded[:, W - 1 :] * filters_WC[0]
     for d in range(1, W):
-        tap_BTC = padded[:, W - 1 - d : W - 1 - d + T]
-        pre_BTC.addcmul_(_kept(tap_BTC, age_BT, d), filters_WC[d])
+        pre_BTC.addcmul_(padded[:, W - 1 - d : W - 1 - d + T], filters_WC[d])
+    if (young := _young(age_BT, W)) is not None:
+        b, t = young
+        pre_MC = padded[b, t + W - 1] * filters_WC[0]
+        for d in range(1, W):
+            is_dropped = (age_BT[young] < d)[:, None]
+            pre_MC.addcmul_(padded[b, t + W - 1 - d].masked_fill(is_dropped, 0), filters_WC[d])
+        pre_BTC[young] = pre_MC
     return pre_BTC if bias_C is None else pre_BTC.add_(bias_C.to(padded.dtype))
 
 
@@ -130,16 +136,24 @@ def _torch_backward(dout_BTC, x_BTC, weight_CW, bias_C, before_BWC, age_BT, is_s
     dpre_BTC = dout_BTC.to(dtype)
     if is_silu:
         pre_BTC = _convolve(padded, weight_CW, bias_C, age_BT)
-        gate_BTC = pre_BTC.sigmoid()
-        dpre_BTC = dpre_BTC * gate_BTC * (1 + pre_BTC * (1 - gate_BTC))
+        dpre_BTC = torch.ops.aten.silu_backward(dpre_BTC, pre_BTC)
+    dbias_C = dpre_BTC.sum((0, 1))
+    # Tokens that lack a tap are left out at first; each tap then takes those that have it.
+    if (young := _young(age_BT, W)) is not None:
+        dyoung_MC, dpre_BTC = dpre_BTC[young], dpre_BTC.index_put(young, dpre_BTC.new_zeros(()))
     dpadded, dfilters_WC = torch.zeros_like(padded), torch.empty_like(filters_WC)
+    product_BTC = torch.empty_like(dpre_BTC)
     for d in range(W):
         taps = slice(W - 1 - d, W - 1 - d + T)
-        kept_BTC = _kept(dpre_BTC, age_BT, d)
-        dpadded[:, taps].addcmul_(kept_BTC, filters_WC[d])
-        dfilters_WC[d] = (kept_BTC * padded[:, taps]).sum((0, 1))
+        dpadded[:, taps].addcmul_(dpre_BTC, filters_WC[d])
+        dfilters_WC[d] = torch.mul(dpre_BTC, padded[:, taps], out=product_BTC).sum((0, 1))
+        if young is not None:
+            has_tap = age_BT[young] >= d
+            b, t = (index[has_tap] for index in young)
+            dpadded[b, t + W - 1 - d] += filters_WC[d] * dyoung_MC[has_tap]
+            dfilters_WC[d] += (padded[b, t + W - 1 - d] * dyoung_MC[has_tap]).sum(0)
     dbefore_BWC, dx_BTC = dpadded.split([W - 1, T], 1)
-    return dbefore_BWC, dx_BTC, dfilters_WC.flip(0).t(), dpre_BTC.sum((0, 1))
+    return dbefore_BWC, dx_BTC, dfilters_WC.flip(0).t(), dbias_C
 
 
 @torch.library.custom_op("longctx::short_convolution", mutates_args=())

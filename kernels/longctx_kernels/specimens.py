@@ -11,6 +11,7 @@ from torch import Tensor
 from longctx_kernels import decay_triton as decay
 from longctx_kernels import lifetime_attention as lifetime
 from longctx_kernels import norm_gate_kernels as norms
+from longctx_kernels import selected_rows_kernels as selections
 from longctx_kernels import short_convolution_kernels as convolutions
 from longctx_kernels.launch import Launch, Options, recording
 from longctx_kernels.norm_gate import ACTIVATIONS
@@ -51,7 +52,9 @@ def calls() -> Iterator[Call]:
         yield Call(name, lambda *a, w=width, f=is_full: _short_convolution(w, f, *a))
     for activation in (*ACTIVATIONS, None):
         name = f"norm gate {activation}"
-        yield Call(name, lambda *a, activation=activation: _norm_gate(activation, *a))
+        yield Call(name, lambda *a, activation=activation: _norm_gate(activation, 1, *a))
+    yield Call("selected rows", _selected_rows)
+    yield Call("norm gate of all heads", lambda *a: _norm_gate("silu", H, *a))
     for sight in ("causal", "window", "per-head expiry", "blocks"):
         yield Call(f"lifetime {sight}", lambda *a, sight=sight: _lifetime(sight, "softmax", *a))
     for normaliser in NORMALISERS[1:]:
@@ -179,15 +182,33 @@ def _short_convolution(
 
 
 def _norm_gate(
-    activation: str | None, D: int, dtype: torch.dtype, device: torch.device, T: int
+    activation: str | None, heads: int, D: int, dtype: torch.dtype, device: torch.device, T: int
 ) -> Callable[[], None]:
-    x, gate, dout = (_random(T, H, D, dtype=dtype, device=device) for _ in range(3))
-    weight = _random(D, dtype=torch.float32, device=device)
+    V = heads * D
+    x, gate, dout = (_random(T, H // heads, V, dtype=dtype, device=device) for _ in range(3))
+    weight = _random(V, dtype=torch.float32, device=device)
     operands = (x, None, None) if activation is None else (x, gate, weight)
 
     def run() -> None:
         norms.forward(*operands, EPS, activation or "none")
         norms.backward(dout, *operands, EPS, activation or "none")
+
+    return run
+
+
+def _selected_rows(D: int, dtype: torch.dtype, device: torch.device, T: int) -> Callable[[], None]:
+    width, count = H * D, T // H
+    rows, x = (
+        _random(1, *shape, width, dtype=dtype, device=device) for shape in ((H, count), (T,))
+    )
+    index = torch.stack([torch.arange(count, device=device) * H + h for h in range(H)])[None]
+    weight = torch.rand(1, H, count, device=device)
+
+    def run() -> None:
+        selections.gather(x, index)
+        for factor in (weight, None):
+            selections.scatter(rows, index, factor, T)
+            selections.scatter_backward(x, rows, index, factor)
 
     return run
 

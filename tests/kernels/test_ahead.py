@@ -18,9 +18,11 @@ ROOT = Path(__file__).parents[2]
 KERNELS = sorted((ROOT / "kernels" / "longctx_kernels").glob("*.py"))
 WITHOUT_DOT = {
     "decay_scan",
+    "gather_rows_kernel",
     "lifetime_delta_kernel",
     "norm_gate_backward",
     "norm_gate_forward",
+    "scatter_rows_kernel",
     "short_convolution_backward",
     "short_convolution_forward",
 }

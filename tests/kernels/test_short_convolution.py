@@ -111,6 +111,15 @@ def test_a_document_ignores_what_lies_before_it():
                 assert_close(whole[row : row + 1, start:stop], alone, "fp64")
 
 
+def test_what_is_not_finite_stays_in_its_document():
+    T, start = 12, STARTS[1][3]
+    made = operands(T, 4)
+    with torch.no_grad():
+        made["x"][1, start - 1] = torch.inf
+    whole = call(short_convolution, made, ages(T))
+    assert torch.isfinite(whole[1, start:]).all()
+
+
 @pytest.mark.parametrize("widths", [(5, 9, 6), (1, 2, 17), (4, 15, 1)])
 @pytest.mark.parametrize("W", [2, 4, 8])
 def test_shards_with_their_halos_equal_the_whole(W, widths):
