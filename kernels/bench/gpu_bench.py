@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 from gpu_checks import TOLERANCE, Tensors, relative_error
+from gpu_delta import delta_groups
 from gpu_items import OURS, PRECISION, Item, Items, random_values
 from gpu_peers import decay_peers, lightning_gamma, sdpa
 from gpu_small import small_groups, small_names
@@ -65,6 +66,7 @@ def groups(device: torch.device, tiny: bool) -> Iterator[Items]:
     ]
     makers.append((f"window T{long}", partial(_causal_item, (long, H, D), window, device)))
     yield Items("Lifetime attention", "lifetime", tuple(makers))
+    yield from delta_groups(device, tiny)
     yield from small_groups(device, tiny)
 
 

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from longctx_kernels.blocklist import flash_blocklist
 from longctx_kernels.decay_attention import decay_attention, decay_attention_reference
+from longctx_kernels.delta_attention import delta_attention, delta_attention_reference
 from longctx_kernels.launch import is_interpreted
 from longctx_kernels.lifetime_attention import NORMALISERS, flash_lifetime
 from longctx_kernels.norm_gate import ACTIVATIONS, norm_gate, norm_gate_reference
@@ -140,6 +141,7 @@ def problems(device: torch.device, tiny: bool) -> list[Callable[[torch.dtype], P
         )
     for gate in ("constant", "scalar", "diagonal"):
         made += [partial(_decay, gate, shape, device) for shape in shapes]
+    made += [partial(_delta, gate, shapes[-1], device) for gate in ("none", "scalar", "diagonal")]
     widths = (3,) if tiny else (2, 4, 8)
     for shape in ((2, cuts[-2], 20), (1, T, 64 if tiny else 2048)):
         made += [partial(_short_convolution, shape, W, cuts, device) for W in widths]
@@ -210,6 +212,32 @@ def _decay(gate: str, shape, device, dtype) -> Problem:
     about = f"B{B} T{T} H{H} K{K} V{V}" + (", packed" if cuts else "")
     reference = DEFINITION if T <= LONGEST_DEFINITION else "torch"
     return Problem(f"decay {gate}", about, inputs, call, reference)
+
+
+def _delta(gate: str, shape, device, dtype) -> Problem:
+    B, T, H, K, V, cuts = shape
+    random = partial(_random, dtype=dtype, device=device)
+    inputs = {"q": random(B, T, H, K), "v": random(B, T, H, V), "beta": random(B, T, H).sigmoid()}
+    inputs["k"] = torch.nn.functional.normalize(random(B, T, H, K), dim=-1)
+    if gate != "none":
+        gate_shape = (B, T, H) if gate == "scalar" else (B, T, H, K)
+        inputs["g"] = -torch.rand(gate_shape, device=device) * torch.rand(gate_shape, device=device)
+    cu_seqlens = None if cuts is None else torch.tensor(cuts)
+    name = {"none": "g", "scalar": "g", "diagonal": "gk"}[gate]
+
+    def call(x: Tensors, backend: str) -> Tensors:
+        is_definition = backend == DEFINITION
+        op = delta_attention_reference if is_definition else delta_attention
+        operands = (x["q"], x["k"], x["v"], x["beta"])
+        out, final = op(
+            *operands, **{name: x.get("g")}, output_final_state=True, cu_seqlens=cu_seqlens
+        )
+        return {"out": out, "final": final}
+
+    about = f"B{B} T{T} H{H} K{K} V{V}" + (", packed" if cuts else "")
+    # There is one way to compute it besides fla's: in torch, which is checked in fp64.
+    reference = DEFINITION if T <= LONGEST_DEFINITION else "torch"
+    return Problem(f"delta {gate}", about, inputs, call, reference)
 
 
 def _short_convolution(shape, W: int, cuts, device, dtype) -> Problem:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from gpu_checks import Tensors
+from longctx_kernels.delta_attention import delta_attention
 from report import version
 from torch import Tensor
 from torch.nn import functional as F
@@ -71,6 +72,17 @@ def _gla(x: Tensors) -> Tensor:
     from fla.ops.gla import chunk_gla
 
     return chunk_gla(x["q"], x["k"], x["v"], g=x["g"])[0]
+
+
+def delta_peers(gate: str, device: torch.device) -> dict[str, Peer]:
+    """Of a delta rule: the backend "fla" that a mixer can choose."""
+    return {f"fla {gate} delta": lambda x: _fla_delta(gate, x)} if _has_fla(device) else {}
+
+
+def _fla_delta(gate: str, x: Tensors) -> Tensor:
+    gates = {"none": {}, "scalar": {"g": x.get("g")}, "diagonal": {"gk": x.get("g")}}[gate]
+    operands = (x["q"], x["k"], x["v"], x["beta"])
+    return delta_attention(*operands, **gates, backend="fla")[0]
 
 
 def convolution_peers(device: torch.device) -> dict[str, Peer]:
