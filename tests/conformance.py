@@ -11,8 +11,10 @@ import platform
 import re
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -99,26 +101,59 @@ def support() -> dict[Row, Support]:
     return rows
 
 
+Cell = tuple[bool, frozenset[str]]
+"""Whether anything is exact, and the fields because of which something is refused."""
+
+
 def support_table() -> str:
-    """Layer and transport by placement: exact, or refused because of the reasons below."""
-    rows, notes = support(), dict[str, str]()
+    """Layers and transport by placement: exact, or refused because of the reasons below.
+
+    Transports with the same cells share a row, and layers with the same transports.
+    """
+    rows = support()
+    reasons = {_field(r): r for row in rows.values() for r in row.reasons}
+    by_name: dict[str, dict[str, tuple[Cell, ...]]] = {}
+    for name, transport in dict.fromkeys(row[:2] for row in rows if row[0] != DECODER):
+        found = [rows.get((name, transport, placement), Support()) for placement in PLACEMENTS]
+        cells = tuple((bool(row.shown_by), frozenset(map(_field, row.reasons))) for row in found)
+        by_name.setdefault(name, {})[transport] = cells
+    numbers = {field: str(number) for number, field in enumerate(reasons, 1)}
     lines = [
         f"| layer | transport | {' | '.join(PLACEMENTS)} |",
         "|---|---|" + "---|" * len(PLACEMENTS),
     ]
-    for name, transport in dict.fromkeys(row[:2] for row in rows if row[0] != DECODER):
-        cells = []
-        for placement in PLACEMENTS:
-            row = rows[name, transport, placement]
-            for reason in row.reasons:
-                notes.setdefault(_field(reason), reason)
-            numbers = sorted({list(notes).index(_field(reason)) + 1 for reason in row.reasons})
-            cell = "exact" if row.shown_by else "refused"
-            cells.append(f"{cell} {numbers}" if numbers else cell)
-        lines.append(f"| {name} | {transport} | {' | '.join(cells)} |")
+    for names, transports in _grouped(by_name):
+        for words, cells in transports:
+            shown = (_cell(cell, numbers) for cell in cells)
+            lines.append(f"| {names} | {words} | {' | '.join(shown)} |")
     lines += ["", "A number stands for settings that are refused when the model is built:", ""]
-    lines += [f"{number}. {reason}" for number, reason in enumerate(notes.values(), 1)]
+    lines += [f"{number}. {reason}" for number, reason in enumerate(reasons.values(), 1)]
     return "\n".join([*lines, ""])
+
+
+def _grouped(
+    by_name: dict[str, dict[str, tuple[Cell, ...]]],
+) -> Iterator[tuple[str, list[tuple[str, tuple[Cell, ...]]]]]:
+    """Names that have the same transports, exact for the same placements; reasons of all."""
+    groups: dict[Any, list[str]] = {}
+    for name, transports in by_name.items():
+        shape = tuple((t, tuple(exact for exact, _ in cells)) for t, cells in transports.items())
+        groups.setdefault(shape, []).append(name)
+    for names in groups.values():
+        merged: dict[tuple[str, tuple[Cell, ...]], list[str]] = {}
+        for transport in by_name[names[0]]:
+            columns = zip(*(by_name[name][transport] for name in names))
+            cells = tuple((c[0][0], frozenset().union(*(r for _, r in c))) for c in columns)
+            verb, _, way = transport.partition(" ")
+            merged.setdefault((verb, cells), []).append(way)
+        own = [(f"{verb} {', '.join(ways)}".strip(), c) for (verb, c), ways in merged.items()]
+        yield ("; " if any("," in name for name in names) else ", ").join(names), own
+
+
+def _cell(cell: Cell, numbers: dict[str, str]) -> str:
+    is_exact, fields = cell
+    text = "exact" if is_exact else "refused"
+    return f"{text} [{', '.join(sorted(numbers[f] for f in fields))}]" if fields else text
 
 
 def _field(reason: str) -> str:

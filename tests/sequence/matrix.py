@@ -97,18 +97,24 @@ def all_settings() -> Iterator[Setting]:
 
 
 def transport_of(subject: str, setting: Setting) -> str:
-    """The transports that a subject uses, in words."""
-    verbs: set[str] = set().union(*(c.verbs() for c in subjects()[subject]))
+    """The transports that a subject uses, in words; the halo of a convolution has only one."""
+    layers = subjects()[subject]
+    verbs: set[str] = set().union(*(c.verbs() for c in layers))
     transports, words = setting.transports, []
     if "prefix" in verbs:
         words.append(f"prefix {transports.prefix}")
     if "stream" in verbs:
         words.append(f"stream {transports.stream}")
-    if "halo" in verbs:
+    words += [verb for verb in ("gather", "handoff") if verb in verbs]
+    if "halo" in verbs and not verbs & {"prefix", "handoff"}:
         words.append("halo")
-    if transports.heads > 1 and verbs & {"stream", "halo"}:
+    if transports.heads > 1 and ("stream" in verbs or any(map(_has_window, layers))):
         words.append("heads")
     return " + ".join(words)
+
+
+def _has_window(config: MixerConfig) -> bool:
+    return bool(getattr(config, "window", 0))
 
 
 @functools.cache
