@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from longctx_kernels import decay_torch
+from longctx_kernels import decay_torch, delta_torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -61,8 +61,12 @@ def affine(view: ShardedView, x: Tensor) -> Tensor:
     return view.decay_attention(x, x, x, torch.full((HEADS,), -0.1, dtype=x.dtype))
 
 
-CORES = {"affine": affine, "softmax": softmax}
-OTHER = {"affine": softmax, "softmax": affine}
+def delta(view: ShardedView, x: Tensor) -> Tensor:
+    return view.delta_attention((x, x, x, x[..., 0].sigmoid()), None)
+
+
+CORES = {"affine": affine, "softmax": softmax, "delta": delta}
+OTHER = {"affine": softmax, "softmax": affine, "delta": softmax}
 HIDDEN = [
     Schedule("affine", Transports("allgather")),
     Schedule("affine", Transports("scan")),
@@ -71,21 +75,22 @@ HIDDEN = [
     Schedule("softmax", Transports(stream="ring"), "zigzag"),
 ]
 NOT_HIDDEN = Schedule("affine", Transports("serial"))
+HALF_HIDDEN = [Schedule("delta", Transports("allgather")), Schedule("delta", Transports("scan"))]
 
 
 def name_of(schedule: Schedule) -> str:
     core, transports, _ = schedule
-    if core == "affine":
-        return f"affine-{transports.prefix}"
+    if core != "softmax":
+        return f"{core}-{transports.prefix}"
     return f"softmax-{transports.stream}{transports.gather_heads or ''}"
 
 
 def slowed(kernel: Callable[..., Any], seconds: Callable[..., float]) -> Callable[..., Any]:
     """The kernel, which takes so much longer."""
 
-    def call(*arguments: Any) -> Any:
+    def call(*arguments: Any, **options: Any) -> Any:
         LOCAL.log.slept(seconds(*arguments))
-        return kernel(*arguments)
+        return kernel(*arguments, **options)
 
     return call
 
@@ -104,6 +109,10 @@ def _slow_kernels(monkeypatch, schedule):
     if schedule.core == "affine":
         change(decay_torch, "output_pass", lambda *_: LONGER)
         change(decay_torch, "gradient_pass", lambda *_: LONGER)
+        return
+    if schedule.core == "delta":
+        change(delta_torch, "delta_forward", lambda *_: LONGER)
+        change(delta_torch, "delta_backward", lambda *_: LONGER)
         return
     chunk = schedule.transports.gather_heads or HEADS
     forward, backward = LONGER / chunk, 2 * LONGER / chunk
@@ -183,3 +192,11 @@ def test_local_work_hides_a_late_exchange(schedule: Schedule, recompute: bool):
 def test_the_delay_shows_where_nothing_hides_it(schedule: Schedule):
     more, _ = excess(schedule, False, FEWEST + 1)
     assert min(more) > (1 - EXPOSED) * DELAY, more
+
+
+@pytest.mark.usefixtures("_slow_kernels")
+@pytest.mark.parametrize("schedule", HALF_HIDDEN, ids=name_of)
+def test_a_delta_rule_hides_an_exchange_forwards_and_waits_for_it_backwards(schedule: Schedule):
+    runs = [excess(schedule, False, FEWEST + 1)[0] for _ in range(2)]
+    assert min(more.forward for more in runs) < EXPOSED * DELAY, runs
+    assert max(more.backward for more in runs) > (1 - EXPOSED) * DELAY, runs
