@@ -2,8 +2,8 @@
 
 The query of a head is a parameter and the same for all tokens, so that token t reads
 `sum_j softmax_j(q.k_j / sqrt(K)) v_j` over the tokens up to itself: a running mean, a state of V
-numbers and their scale. The paper's log language results are not published; its first-layer query
-token is here one vector for each head and layer.
+numbers and their scale. The paper's query is a learned token, projected in the first
+layer and passed on from there; here it is one vector for each head and layer.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """FAVOR+ of Performers (arXiv 2009.14794): softmax attention by positive random features.
 
 `phi_r(x) = exp(w_r.x' - |x'|^2 / 2)` with `x' = x K^(-1/4)` and w in orthogonal blocks of normal
-length (lemma 2 and section 2.4); `o_t = sum_j phi(q_t).phi(k_j) v_j / sum_j phi(q_t).phi(k_j)`.
+length (both in its section 2); `o_t = sum_j phi(q_t).phi(k_j) v_j / sum_j phi(q_t).phi(k_j)`.
 
 No exponential is taken before a scale is off. The released code stabilises keys by the largest
 exponent of the whole sequence, which sees the future and differs from rank to rank if every rank
@@ -134,15 +134,15 @@ class Favor(Mixer):
     def core(self, projected: FavorParts, view: Runs) -> Tensor:
         log_q_BTHR, log_k_BTHR, v_BTHV = projected
         sums = view.running_log_sum_exp(log_k_BTHR)
-        read_BTHR = (log_q_BTHR + sums.total).softmax(-1).type_as(v_BTHV)
-        share_BTHR = sums.added.exp().type_as(v_BTHV)
+        read_BTHR = ((log_q_BTHR + sums.total).log_softmax(-1) - sums.whole).exp().type_as(v_BTHV)
+        own_BTHR = sums.own.exp().type_as(v_BTHV)
         backend = self.config.computes_with
-        return view.decay_attention(read_BTHR, share_BTHR, v_BTHV, sums.kept, backend)
+        return view.decay_attention(read_BTHR, own_BTHR, v_BTHV, sums.decay, backend)
 
     def core_reference(self, projected: FavorParts, view: LocalView) -> Tensor:
         log_q_MHR, log_k_MHR, v_MHV = (one_row(x)[0] for x in projected)
-        sums = running_log_sum_exp_reference(log_k_MHR[None], None, view.cu_seqlens)
-        read_MHR = (log_q_MHR + sums.total[0]).softmax(-1)
+        total_1MHR = running_log_sum_exp_reference(log_k_MHR[None], None, view.cu_seqlens)
+        read_MHR = (log_q_MHR + total_1MHR[0]).softmax(-1)
         ones = torch.ones_like(log_k_MHR)
         means_MHRV = weighted_means_reference(log_k_MHR, ones, v_MHV, view.plan.cuts)
         return (read_MHR[:, :, None] @ means_MHRV).view_as(projected.v_BTHV)

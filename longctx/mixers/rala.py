@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from longctx.errors import InputError
 from longctx.mixers.base import HeadsConfig, Mixer, Place, split_heads
+from longctx.mixers.parts import rotate
 from longctx.sequence.expected import (
     Expected,
     Gate,
@@ -71,16 +72,6 @@ class RalaConfig(HeadsConfig, kind="rala"):
         return ""
 
 
-def rotate(x_BTHK: Tensor, positions_BT: Tensor, base: float) -> Tensor:
-    """Rotary position embedding; the last element of an odd size stays."""
-    half = x_BTHK.shape[-1] // 2
-    exponent = torch.arange(half, device=x_BTHK.device, dtype=torch.float64) / max(1, half)
-    angle = (positions_BT[..., None].to(torch.float64) * base**-exponent)[:, :, None]
-    cos, sin = angle.cos().to(x_BTHK.dtype), angle.sin().to(x_BTHK.dtype)
-    left, right, rest = x_BTHK.split((half, half, x_BTHK.shape[-1] - 2 * half), -1)
-    return torch.cat((left * cos - right * sin, left * sin + right * cos, rest), -1)
-
-
 class RalaParts(NamedTuple):
     """Mapped queries and keys, the same turned, values, the output's factor, tokens so far."""
 
@@ -121,7 +112,7 @@ class Rala(Mixer):
 
     def _log_weight(self, k: Tensor, total_q: Tensor, seen: Tensor) -> Tensor:
         """Of keys, from the sum of the queries so far."""
-        return (total_q * k).sum(-1) * (self.size**-0.5 / seen[..., None])
+        return (total_q * k).sum(-1) / seen[..., None] * self.size**-0.5
 
     def core(self, projected: RalaParts, view: Runs) -> Tensor:
         q_BTHK, k_BTHK, turned_q_BTHK, turned_k_BTHK, v_BTHV, _, seen_BT = projected
@@ -130,11 +121,12 @@ class Rala(Mixer):
         one_BTH1 = 1 + 0 * q_BTHK[..., :1]
         total_BTHK = view.decay_attention(one_BTH1, one_BTH1, q_BTHK, None, backend)
         sums = view.running_log_sum_exp(self._log_weight(k_BTHK, total_BTHK, seen_BT))
-        share_BTH1 = sums.added.exp()[..., None]
-        q, k, one = (x.type_as(v_BTHV) for x in (q_BTHK, share_BTH1 * k_BTHK, one_BTH1))
-        below_BTH1 = view.decay_attention(q, k, one, sums.kept, backend)
-        q, k = (x.type_as(v_BTHV) for x in (turned_q_BTHK, share_BTH1 * turned_k_BTHK))
-        above_BTHV = view.decay_attention(q, k, v_BTHV, sums.kept, backend)
+        read_BTH1, own_BTH1 = (-sums.whole).exp()[..., None], sums.own.exp()[..., None]
+        q, k, one = (x.type_as(v_BTHV) for x in (read_BTH1 * q_BTHK, own_BTH1 * k_BTHK, one_BTH1))
+        below_BTH1 = view.decay_attention(q, k, one, sums.decay, backend)
+        q = (read_BTH1 * turned_q_BTHK).type_as(v_BTHV)
+        k = (own_BTH1 * turned_k_BTHK).type_as(v_BTHV)
+        above_BTHV = view.decay_attention(q, k, v_BTHV, sums.decay, backend)
         return (above_BTHV / (wide(below_BTH1) + FLOOR)).type_as(v_BTHV)
 
     def core_reference(self, projected: RalaParts, view: LocalView) -> Tensor:
@@ -165,6 +157,6 @@ class Rala(Mixer):
 
     def expected_traffic(self, share: Share) -> Expected:
         """Of the mean query, of the weights, and of both states with a gate per head."""
-        H, K, gate = self.num_heads, self.size, Gate(1, share.widths.state)
+        H, K, gate = self.num_heads, self.size, Gate(1, share.widths.state, has_gradient=False)
         states = (decay_traffic(share, Sizes(H, H, K, V), gate) for V in (self.value_size, 1))
         return combined([running_sum_traffic(share, H, K), running_traffic(share, H), *states])

@@ -37,7 +37,10 @@ class Sizes(NamedTuple):
 
 
 class Gate(NamedTuple):
-    """A log decay per token: elements a head, 1 or the size of a key, and bytes of each."""
+    """A log decay per token: elements a head, 1 or the size of a key, and bytes of each.
+
+    Ulysses trades its gradient too, if it has one.
+    """
 
     size: int
     width: int
@@ -285,6 +288,21 @@ def reduce_traffic(share: Share, elements: int, calls: tuple[int, int]) -> Expec
     each = 2 * (ranks - 1) * -(-elements // ranks) * share.widths.state
     forward, backward = (Traffic(n, n * each) for n in calls)
     return _both_ways("reduce", forward, backward)
+
+
+def gathered_rows_traffic(share: Share, token: int) -> Expected:
+    """Of `SequenceView.gather` of this many elements a token, padded to the longest rank."""
+    longest = max(share.placement.lengths)
+    elements = (share.placement.ranks - 1) * share.rows * longest * token
+    forward = Traffic(1, elements * share.widths.activation)
+    return _both_ways("gather", forward, Traffic(1, elements * share.widths.state))
+
+
+def handoff_traffic(share: Share, elements: int) -> Expected:
+    """Of `SequenceView.handoff` of this many elements a row, which go as a serial chain does."""
+    chain = replace(share, transports=replace(share.transports, prefix="serial"))
+    moved = prefix_traffic(chain, Sizes(1, 1, 1, elements))
+    return {("handoff", backward): traffic for (_, backward), traffic in moved.items()}
 
 
 class Exchanging(Protocol):

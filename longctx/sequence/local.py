@@ -1,6 +1,6 @@
 """The view of one process that holds whole sequences, and of one that goes on with them later."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +68,12 @@ class LocalView(SequenceView):
         if monoid in (AFFINE, DENSE_AFFINE):
             return (torch.zeros_like(elements[0]),)
         return monoid.identity(elements)
+
+    @torch.compiler.disable
+    def handoff(
+        self, initial: Tensor, work: Callable[[Tensor, int], tuple[Tensor, Tensor]]
+    ) -> list[Tensor]:
+        return [work(initial, 0)[0]]
 
     def decay_attention(
         self,

@@ -6,6 +6,7 @@ A kind without an entry here is tested with its defaults, at width 16.
 from longctx.mixers import MixerConfig, Place
 from longctx.mixers.aaren import AarenConfig
 from longctx.mixers.agent import AgentConfig
+from longctx.mixers.deep_titans import DeepTitansConfig
 from longctx.mixers.delta import DeltaNetConfig, GDNConfig, KDAConfig
 from longctx.mixers.efficient import EfficientConfig
 from longctx.mixers.favor import FavorConfig
@@ -103,6 +104,16 @@ VARIANTS: dict[str, dict[str, MixerConfig]] = {
     "titans": {
         "memory": TitansConfig(num_heads=2, head_dim=4),
         "gated": TitansConfig(num_heads=2, head_dim=3, window=9, persistent=3, convolution=0),
+    },
+    "deep_titans": {
+        "memory": DeepTitansConfig(num_heads=2, head_dim=3, hidden=3, batch=16),
+        "before-window": DeepTitansConfig(
+            composition="mal", num_heads=2, head_dim=3, hidden=4, batch=8, window=9, persistent=2
+        ),
+        "as-context": DeepTitansConfig(
+            composition="mac", num_heads=2, head_dim=3, hidden=3, segment=6, persistent=2
+        ),
+        "bare": DeepTitansConfig(num_heads=1, head_dim=2, hidden=3, batch=4, convolution=0),
     },
     "lla": {
         "default": LLAConfig(num_heads=2, head_dim=3),

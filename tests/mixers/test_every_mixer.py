@@ -104,7 +104,7 @@ def test_no_output_sees_a_later_token(config, changed):
 def test_last_output_reaches_every_token_it_claims_to_see(config):
     mixer, x_BTD = build(config), example_input(1, LENGTH).requires_grad_()
     mixer(x_BTD).out[0, -1].sum().backward()
-    has_state = "prefix" in config.verbs()
+    has_state = bool({"prefix", "handoff"} & config.verbs())
     window = 0 if has_state else getattr(getattr(config, "inner", config), "window", 0)
     reached_T = x_BTD.grad[0].abs().amax(-1) > 0
     seen = window or LENGTH
