@@ -14,16 +14,15 @@ from longctx_kernels.running import weighted_means_reference
 from torch import Tensor, nn
 
 from longctx.errors import InputError
-from longctx.mixers.base import HeadsConfig, Mixer, Place, split_heads
+from longctx.mixers.base import Mixer, Place, StateConfig, split_heads
 from longctx.sequence.expected import Expected, Share, Sizes, means_traffic
 from longctx.sequence.local import LocalView
 from longctx.sequence.running import Resumed, Runs, running_means, wide
-from longctx.sequence.sharded import Transports
 from longctx.sequence.view import SequenceView, one_row
 
 
 @dataclass(frozen=True)
-class AgentConfig(HeadsConfig, kind="agent"):
+class AgentConfig(StateConfig, kind="agent"):
     """Learned agents attend to the tokens so far, and queries to the agents."""
 
     num_agents: int = 49
@@ -34,22 +33,12 @@ class AgentConfig(HeadsConfig, kind="agent"):
     def build(self, place: Place) -> "Agent":
         return Agent(self, place)
 
-    def verbs(self) -> frozenset[str]:
-        return frozenset({"prefix"})
-
     def check(self, width: int, where: str) -> None:
         super().check(width, where)
         if self.num_agents < 1:
             raise InputError(f"{where}.num_agents = {self.num_agents}: must be at least 1")
         if self.value_dim < 0:
             raise InputError(f"{where}.value_dim = {self.value_dim}: must be 0 or positive")
-
-    def refusal(self, transports: Transports) -> str:
-        if transports.prefix == "ulysses":
-            return super().refusal(transports)
-        if self.backend == "fla":
-            return "backend = 'fla' cannot split a sequence: choose auto, or prefix 'ulysses'"
-        return ""
 
 
 class AgentParts(NamedTuple):

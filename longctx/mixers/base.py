@@ -23,6 +23,7 @@ from longctx.sequence.sharded import Transports
 from longctx.sequence.view import SequenceView
 
 Backend = Literal["auto", "torch", "triton", "fla"]
+MOST_STATE_MIB = 32
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,31 @@ class HeadsConfig(MixerConfig):
             f"num_heads = {self.num_heads} is no multiple of parallel.heads = {group}: "
             f"set parallel.heads to {', '.join(possible[:-1])} or {possible[-1]}"
         )
+
+
+@dataclass(frozen=True)
+class StateConfig(HeadsConfig):
+    """Base of mixers that remember what came before in a state of each head."""
+
+    def verbs(self) -> frozenset[str]:
+        return frozenset({"prefix"})
+
+    def refusal(self, transports: Transports) -> str:
+        if transports.prefix == "ulysses":
+            return super().refusal(transports)
+        if self.backend == "fla":
+            return "backend = 'fla' cannot split a sequence: choose auto, or prefix 'ulysses'"
+        return ""
+
+    def check_state(self, key_dim: int, value_dim: int, field: str) -> None:
+        """Raises InputError, naming `field`, if a state is too large to be sent around."""
+        mib = self.num_heads * key_dim * value_dim * 4 / 2**20
+        if mib > MOST_STATE_MIB:
+            raise InputError(
+                f"{field} = {key_dim}: states of {self.num_heads} heads x {key_dim} x {value_dim} "
+                f"take {mib:.0f} MiB for each layer and sequence, more than {MOST_STATE_MIB}; "
+                "make heads smaller, or take fewer"
+            )
 
 
 class Mixer(nn.Module, ABC):

@@ -15,16 +15,15 @@ from longctx_kernels.delta_attention import delta_attention, delta_attention_ref
 from torch import Tensor, nn
 
 from longctx.errors import InputError
-from longctx.mixers.base import Backend, HeadsConfig, Mixer, Place, split_heads
+from longctx.mixers.base import Backend, Mixer, Place, StateConfig, split_heads
 from longctx.mixers.parts import GatedNorm, LowRank, SelectiveDecay, ShortConvolution, unit
 from longctx.sequence.expected import Expected, Gate, Share, Sizes, combined, delta_traffic
 from longctx.sequence.local import LocalView
-from longctx.sequence.sharded import Transports
 from longctx.sequence.view import SequenceView, one_row
 
 
 @dataclass(frozen=True)
-class DeltaConfig(HeadsConfig):
+class DeltaConfig(StateConfig):
     """What all delta rules have."""
 
     num_key_heads: int = 0
@@ -76,13 +75,6 @@ class DeltaConfig(HeadsConfig):
             raise InputError(f"{where}.convolution = {self.convolution}: must be 0 or 2..8 taps")
         if self.norm_eps <= 0:
             raise InputError(f"{where}.norm_eps = {self.norm_eps}: must be positive")
-
-    def refusal(self, transports: Transports) -> str:
-        if transports.prefix == "ulysses":
-            return super().refusal(transports)
-        if self.backend == "fla":
-            return "backend = 'fla' cannot split a sequence: choose auto, or prefix 'ulysses'"
-        return ""
 
 
 @dataclass(frozen=True)

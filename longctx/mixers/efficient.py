@@ -14,16 +14,15 @@ from longctx_kernels.running import weighted_means_reference
 from torch import Tensor, nn
 
 from longctx.errors import InputError
-from longctx.mixers.base import HeadsConfig, Mixer, Place, split_heads
+from longctx.mixers.base import Mixer, Place, StateConfig, split_heads
 from longctx.sequence.expected import Expected, Share, Sizes, means_traffic
 from longctx.sequence.local import LocalView
 from longctx.sequence.running import Resumed, Runs, running_means, wide
-from longctx.sequence.sharded import Transports
 from longctx.sequence.view import SequenceView, one_row
 
 
 @dataclass(frozen=True)
-class EfficientConfig(HeadsConfig, kind="efficient"):
+class EfficientConfig(StateConfig, kind="efficient"):
     """Queries weigh features, and each feature keeps a softmax mean of the values."""
 
     value_dim: int = 0
@@ -32,20 +31,10 @@ class EfficientConfig(HeadsConfig, kind="efficient"):
     def build(self, place: Place) -> "Efficient":
         return Efficient(self, place)
 
-    def verbs(self) -> frozenset[str]:
-        return frozenset({"prefix"})
-
     def check(self, width: int, where: str) -> None:
         super().check(width, where)
         if self.value_dim < 0:
             raise InputError(f"{where}.value_dim = {self.value_dim}: must be 0 or positive")
-
-    def refusal(self, transports: Transports) -> str:
-        if transports.prefix == "ulysses":
-            return super().refusal(transports)
-        if self.backend == "fla":
-            return "backend = 'fla' cannot split a sequence: choose auto, or prefix 'ulysses'"
-        return ""
 
 
 class EfficientParts(NamedTuple):

@@ -22,18 +22,17 @@ from longctx_kernels.running import running_log_sum_exp_reference, weighted_mean
 from torch import Tensor, nn
 
 from longctx.errors import InputError
-from longctx.mixers.base import HeadsConfig, Mixer, Place, split_heads
+from longctx.mixers.base import Mixer, Place, StateConfig, split_heads
 from longctx.sequence.expected import Expected, Share, Sizes, means_traffic
 from longctx.sequence.local import LocalView
 from longctx.sequence.running import Resumed, Runs, wide
-from longctx.sequence.sharded import Transports
 from longctx.sequence.view import SequenceView, one_row
 
 LOG_FLOOR = math.log(1e-4)
 
 
 @dataclass(frozen=True)
-class FavorConfig(HeadsConfig, kind="favor"):
+class FavorConfig(StateConfig, kind="favor"):
     """Softmax attention approximated by positive orthogonal random features (Performer)."""
 
     value_dim: int = 0
@@ -46,21 +45,11 @@ class FavorConfig(HeadsConfig, kind="favor"):
     def build(self, place: Place) -> "Favor":
         return Favor(self, place)
 
-    def verbs(self) -> frozenset[str]:
-        return frozenset({"prefix"})
-
     def check(self, width: int, where: str) -> None:
         super().check(width, where)
         for name in ("value_dim", "num_features", "feature_seed"):
             if getattr(self, name) < 0:
                 raise InputError(f"{where}.{name} = {getattr(self, name)}: must be 0 or positive")
-
-    def refusal(self, transports: Transports) -> str:
-        if transports.prefix == "ulysses":
-            return super().refusal(transports)
-        if self.backend == "fla":
-            return "backend = 'fla' cannot split a sequence: choose auto, or prefix 'ulysses'"
-        return ""
 
     def features_of_head(self, width: int) -> int:
         """Random features of a head."""

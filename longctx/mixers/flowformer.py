@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from longctx.errors import InputError
-from longctx.mixers.base import HeadsConfig, Mixer, Place, split_heads
+from longctx.mixers.base import Mixer, Place, StateConfig, split_heads
 from longctx.sequence.expected import (
     Expected,
     Share,
@@ -30,14 +30,13 @@ from longctx.sequence.expected import (
 )
 from longctx.sequence.local import LocalView
 from longctx.sequence.running import Resumed, Runs, wide
-from longctx.sequence.sharded import Transports
 from longctx.sequence.view import SequenceView, one_row
 
 EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
-class FlowformerConfig(HeadsConfig, kind="flowformer"):
+class FlowformerConfig(StateConfig, kind="flowformer"):
     """Linear attention whose weights are those of a flow that is conserved."""
 
     value_dim: int = 0
@@ -48,22 +47,12 @@ class FlowformerConfig(HeadsConfig, kind="flowformer"):
     def build(self, place: Place) -> "Flowformer":
         return Flowformer(self, place)
 
-    def verbs(self) -> frozenset[str]:
-        return frozenset({"prefix"})
-
     def check(self, width: int, where: str) -> None:
         super().check(width, where)
         if self.value_dim < 0:
             raise InputError(f"{where}.value_dim = {self.value_dim}: must be 0 or positive")
         if self.clamp <= 0:
             raise InputError(f"{where}.clamp = {self.clamp}: must be positive")
-
-    def refusal(self, transports: Transports) -> str:
-        if transports.prefix == "ulysses":
-            return super().refusal(transports)
-        if self.backend == "fla":
-            return "backend = 'fla' cannot split a sequence: choose auto, or prefix 'ulysses'"
-        return ""
 
 
 class FlowformerParts(NamedTuple):

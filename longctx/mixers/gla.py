@@ -13,9 +13,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from longctx.errors import InputError
-from longctx.mixers.base import Place, split_heads
+from longctx.mixers.base import Place, StateConfig, split_heads
 from longctx.mixers.parts import (
-    DecayConfig,
     DecayMixer,
     GatedNorm,
     LowRank,
@@ -27,7 +26,7 @@ from longctx.sequence.view import SequenceView
 
 
 @dataclass(frozen=True)
-class GLAConfig(DecayConfig, kind="gla"):
+class GLAConfig(StateConfig, kind="gla"):
     """Gated linear attention."""
 
     num_heads: int = 4

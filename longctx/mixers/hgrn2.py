@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longctx.errors import InputError
-from longctx.mixers.base import Place, split_heads
-from longctx.mixers.parts import DecayConfig, DecayMixer, GatedNorm, log_sigmoid
+from longctx.mixers.base import Place, StateConfig, split_heads
+from longctx.mixers.parts import DecayMixer, GatedNorm, log_sigmoid
 from longctx.sequence.view import SequenceView
 
 
 @dataclass(frozen=True)
-class HGRN2Config(DecayConfig, kind="hgrn2"):
+class HGRN2Config(StateConfig, kind="hgrn2"):
     """HGRN2 with fixed lower bounds of its forget gates."""
 
     value_dim: int = 0

@@ -23,11 +23,10 @@ from longctx_kernels.launch import SIZES
 from torch import Tensor, nn
 
 from longctx.errors import InputError
-from longctx.mixers.base import HeadsConfig, Mixer, Place, RMSNorm, split_heads
+from longctx.mixers.base import Mixer, Place, RMSNorm, StateConfig, split_heads
 from longctx.mixers.feature_maps import MAPS, Heads, Lrpe, wide
 from longctx.sequence.expected import Expected, Share, Sizes, combined, decay_traffic
 from longctx.sequence.local import LocalView
-from longctx.sequence.sharded import Transports
 from longctx.sequence.view import SequenceView, one_row
 
 GATES: dict[str, Callable[[Tensor], Tensor]] = {"swish": F.silu, "sigmoid": torch.sigmoid}
@@ -53,7 +52,7 @@ def log_decay(schedule: str, num_heads: int, place: Place) -> Tensor | None:
 
 
 @dataclass(frozen=True)
-class LinearConfig(HeadsConfig, kind="linear"):
+class LinearConfig(StateConfig, kind="linear"):
     """Linear attention with constant decay (lightning, retention) or none."""
 
     value_dim: int = 0
@@ -86,9 +85,6 @@ class LinearConfig(HeadsConfig, kind="linear"):
 
     def build(self, place: Place) -> "Linear":
         return Linear(self, place)
-
-    def verbs(self) -> frozenset[str]:
-        return frozenset({"prefix"})
 
     def heads(self, width: int) -> Heads:
         """What the feature map is made for."""
@@ -164,13 +160,6 @@ class LinearConfig(HeadsConfig, kind="linear"):
                 f"{where}.longest = {self.longest} is shorter than train.seq_len = {seq_len}; "
                 f"set it to {seq_len} or more"
             )
-
-    def refusal(self, transports: Transports) -> str:
-        if transports.prefix == "ulysses":
-            return super().refusal(transports)
-        if self.backend == "fla":
-            return "backend = 'fla' cannot split a sequence: choose auto, or prefix 'ulysses'"
-        return ""
 
 
 class SimpleRMSNorm(nn.Module):

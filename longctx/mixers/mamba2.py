@@ -17,14 +17,14 @@ from longctx_kernels.norm_gate import norm_gate
 from torch import Tensor, nn
 
 from longctx.errors import InputError
-from longctx.mixers.base import Place, split_heads
-from longctx.mixers.parts import DecayConfig, DecayMixer, SelectiveDecay, ShortConvolution
+from longctx.mixers.base import Place, StateConfig, split_heads
+from longctx.mixers.parts import DecayMixer, SelectiveDecay, ShortConvolution
 from longctx.sequence.expected import Expected, Share, combined
 from longctx.sequence.view import SequenceView
 
 
 @dataclass(frozen=True)
-class Mamba2Config(DecayConfig, kind="mamba2"):
+class Mamba2Config(StateConfig, kind="mamba2"):
     """Mamba-2."""
 
     num_heads: int = 8

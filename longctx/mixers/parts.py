@@ -1,7 +1,6 @@
 """Parts that several mixers are made of."""
 
 import math
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -11,11 +10,9 @@ from longctx_kernels.norm_gate import norm_gate
 from longctx_kernels.short_convolution import short_convolution
 from torch import Tensor, nn
 
-from longctx.errors import InputError
-from longctx.mixers.base import HeadsConfig, Mixer
+from longctx.mixers.base import Mixer, StateConfig
 from longctx.sequence.expected import Expected, Gate, Share, Sizes, decay_traffic, halo_traffic
 from longctx.sequence.local import LocalView
-from longctx.sequence.sharded import Transports
 from longctx.sequence.view import SequenceView, one_row
 
 
@@ -178,41 +175,13 @@ class TokenShift(nn.Module):
         return halo_traffic(share, 1, len(self.mix))
 
 
-MOST_STATE_MIB = 32
-
-
-@dataclass(frozen=True)
-class DecayConfig(HeadsConfig):
-    """Base of mixers whose core is decay attention with a log decay of their own per token."""
-
-    def verbs(self) -> frozenset[str]:
-        return frozenset({"prefix"})
-
-    def refusal(self, transports: Transports) -> str:
-        if transports.prefix == "ulysses":
-            return super().refusal(transports)
-        if self.backend == "fla":
-            return "backend = 'fla' cannot split a sequence: choose auto, or prefix 'ulysses'"
-        return ""
-
-    def check_state(self, key_dim: int, value_dim: int, field: str) -> None:
-        """Raises InputError, naming `field`, if a state is too large to be sent around."""
-        mib = self.num_heads * key_dim * value_dim * 4 / 2**20
-        if mib > MOST_STATE_MIB:
-            raise InputError(
-                f"{field} = {key_dim}: states of {self.num_heads} heads x {key_dim} x {value_dim} "
-                f"take {mib:.0f} MiB for each layer and sequence, more than {MOST_STATE_MIB}; "
-                "make heads smaller, or take fewer"
-            )
-
-
 class DecayMixer(Mixer):
     """Its core; `project` gives tensors that begin with q, k, v and the log decay.
 
     q holds the scale; the log decay is `[B, T, H]` or `[B, T, H, K]`, at least fp32, at most 0.
     """
 
-    def __init__(self, config: DecayConfig, key_dim: int, value_dim: int, gate_size: int):
+    def __init__(self, config: StateConfig, key_dim: int, value_dim: int, gate_size: int):
         super().__init__()
         self.computes_with, self.num_heads = config.computes_with, config.num_heads
         self.key_dim, self.value_dim, self.gate_size = key_dim, value_dim, gate_size

@@ -21,7 +21,7 @@ from longctx_kernels.running import weighted_means_reference
 from torch import Tensor, nn
 
 from longctx.errors import InputError
-from longctx.mixers.base import HeadsConfig, Mixer, Place, split_heads
+from longctx.mixers.base import Mixer, Place, StateConfig, split_heads
 from longctx.mixers.parts import rotate
 from longctx.sequence.expected import (
     Expected,
@@ -35,7 +35,6 @@ from longctx.sequence.expected import (
 )
 from longctx.sequence.local import LocalView
 from longctx.sequence.running import Resumed, Runs, wide
-from longctx.sequence.sharded import Transports
 from longctx.sequence.view import SequenceView, one_row
 
 FLOOR = 1e-6
@@ -43,7 +42,7 @@ FLOOR = 1e-6
 
 
 @dataclass(frozen=True)
-class RalaConfig(HeadsConfig, kind="rala"):
+class RalaConfig(StateConfig, kind="rala"):
     """Linear attention whose keys are weighted by how well the mean query matches them."""
 
     value_dim: int = 0
@@ -54,22 +53,12 @@ class RalaConfig(HeadsConfig, kind="rala"):
     def build(self, place: Place) -> "Rala":
         return Rala(self, place)
 
-    def verbs(self) -> frozenset[str]:
-        return frozenset({"prefix"})
-
     def check(self, width: int, where: str) -> None:
         super().check(width, where)
         if self.value_dim < 0:
             raise InputError(f"{where}.value_dim = {self.value_dim}: must be 0 or positive")
         if self.rope_base <= 0:
             raise InputError(f"{where}.rope_base = {self.rope_base}: must be positive")
-
-    def refusal(self, transports: Transports) -> str:
-        if transports.prefix == "ulysses":
-            return super().refusal(transports)
-        if self.backend == "fla":
-            return "backend = 'fla' cannot split a sequence: choose auto, or prefix 'ulysses'"
-        return ""
 
 
 class RalaParts(NamedTuple):
