@@ -16,7 +16,7 @@ from torch import Tensor
 MOST_SCORES = 2**22
 """Scores of a block of queries that are held at a time."""
 MOST_PRODUCTS = 2**22
-"""Numbers of weighted differences that are held at a time."""
+"""Products of entries of keys that are held at a time."""
 
 
 def local_linear_attention_reference(
@@ -67,16 +67,15 @@ class _Block:
         self.slope = 1 - self.along(self.rho)
 
     def _moments(self) -> tuple[Tensor, Tensor]:
-        """Mean of d and of d d^T; differences are formed before they are multiplied."""
-        B, H, Q, K = self.q.shape
-        mu, sigma = self.q.new_zeros(B, H, Q, K), self.q.new_zeros(B, H, Q, K, K)
-        size = max(16, MOST_PRODUCTS // (B * H * Q * K))
+        """Means of d and of d d^T, the latter from products of keys, which queries share."""
+        (B, H, Q, K), mean = self.q.shape, self.p @ self.k
+        squares = self.q.new_zeros(B, H, Q, K * K)
+        size = max(1, MOST_PRODUCTS // (B * H * K * K))
         for p, k in zip(self.p.split(size, -1), self.k.split(size, -2)):
-            d_BHQJK = k[:, :, None] - self.q[:, :, :, None]
-            weighted = d_BHQJK * p[..., None]
-            mu += weighted.sum(-2)
-            sigma += weighted.mT @ d_BHQJK
-        return mu, sigma
+            squares += p @ (k[..., None] * k[..., None, :]).flatten(-2)
+        mu = mean - self.q
+        spread = squares.view(B, H, Q, K, K) - mean[..., None] * mean[..., None, :]
+        return mu, spread.addcmul_(mu[..., None], mu[..., None, :])
 
     def solve(self, x: Tensor) -> Tensor:
         """`Sigma^-1 x` of each query."""

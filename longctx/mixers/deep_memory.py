@@ -10,11 +10,12 @@ its batch of `size` tokens, counted from the document's start: with `z = k A`, `
 Within a batch W and P are linear in gradients that are known beforehand, so weights of single
 tokens are never formed: with the coefficients of a run, `q_t A_t` is what the weights and momenta
 that enter it give, minus a sum of `(q_t.k_j) dz_j`; the second layer likewise with activations. A
-run is what a segment holds of one batch. Rows advance together, run after run.
+run is what a segment holds of one batch. Rows advance together, run after run, and the backward
+pass keeps the state of every run.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -57,16 +58,17 @@ class Runs(NamedTuple):
 
     def tokens(self, x_BNC: Tensor) -> Tensor:
         """Slots back to tokens `[B, T, ..]`."""
-        return x_BNC.flatten(1, 2)[_rows(self.place_BT), self.place_BT.to(x_BNC.device)]
+        return _taken(x_BNC.flatten(1, 2), self.place_BT)
 
     def _slots(self, x_BT: Tensor, index_BNC: Tensor, is_here_BNC: Tensor) -> Tensor:
-        x_BNC = x_BT[_rows(index_BNC), index_BNC.to(x_BT.device)]
-        shape = (*index_BNC.shape, *(1,) * (x_BT.dim() - 2))
-        return x_BNC * is_here_BNC.to(x_BNC).view(shape)
+        is_here_BNC = is_here_BNC.view(*index_BNC.shape, *(1,) * (x_BT.dim() - 2))
+        return _taken(x_BT, index_BNC).where(is_here_BNC.to(x_BT.device), 0)
 
 
-def _rows(index_B: Tensor) -> Tensor:
-    return torch.arange(len(index_B)).view(-1, *(1,) * (index_B.dim() - 1))
+def _taken(x_BT: Tensor, index_BN: Tensor) -> Tensor:
+    """What lies at these places of each row."""
+    rows = torch.arange(len(index_BN)).view(-1, *(1,) * (index_BN.dim() - 1))
+    return x_BT[rows.to(x_BT.device), index_BN.to(x_BT.device)]
 
 
 def runs_of(spans: Spans, size: int, left: int = 0) -> Runs:
@@ -120,25 +122,26 @@ class State(NamedTuple):
         """All of it, `[B, 6 H K F]`."""
         return torch.cat([x.flatten(1) for x in self], 1)
 
-    def of(self, flat: Tensor) -> Self:
+    def of(self, flat: Tensor) -> "State":
         """The state that `flat` came from, of the shape of this one."""
         parts = flat.split([x[0].numel() for x in self], 1)
-        return type(self)(*(part.view(x.shape) for part, x in zip(parts, self)))
+        return State(*(part.view(x.shape) for part, x in zip(parts, self)))
 
     def entering(self, runs: Runs, n: int, first: "State") -> "State":
         """What run n of each row starts with."""
         state = self
         if runs.starts_BN[:, n].any():
             starts = runs.starts_BN[:, n, None, None, None].to(self.inner.device)
-            state = State(*(torch.where(starts, a, b) for a, b in zip(first, state)))
+            inner, outer, *_ = (torch.where(starts, a, b) for a, b in zip(first, state))
+            state = state._replace(inner=inner, outer=outer)
         anchors = runs.anchors_BN[:, n]
         if not anchors.any():
             return state
-        now = (x.narrow(2, 0, x.shape[2] // 2) for x in state[:2])
-        if anchors.all():
-            return State(*state[:2], *now)
-        anchors = anchors[:, None, None, None].to(self.inner.device)
-        return State(*state[:2], *(torch.where(anchors, a, b) for a, b in zip(now, state[2:])))
+        now = [x.narrow(2, 0, x.shape[2] // 2) for x in state[:2]]
+        if not anchors.all():
+            anchors = anchors[:, None, None, None].to(self.inner.device)
+            now = [torch.where(anchors, a, b) for a, b in zip(now, state[2:])]
+        return state._replace(anchor_inner=now[0], anchor_outer=now[1])
 
     def before(self, x: Tensor) -> Tensor:
         """What the weights answer for `[B, H, C, K]` that the batch began with."""
@@ -173,8 +176,8 @@ class DeepMemory(nn.Module):
         inner, outer = (
             x.to(dtype).expand(rows, *x.shape) for x in (self.first_inner, self.first_outer)
         )
-        both = (torch.cat((x, torch.zeros_like(x)), 2) for x in (inner, outer))
-        return State(*both, inner, outer)
+        both = [torch.cat((x, torch.zeros_like(x)), 2) for x in (inner, outer)]
+        return State(both[0], both[1], inner, outer)
 
 
 class Gates(NamedTuple):
@@ -183,6 +186,25 @@ class Gates(NamedTuple):
     step_BTH: Tensor
     log_keep_BTH: Tensor
     log_momentum_BTH: Tensor
+
+
+class StepGates(nn.Module):
+    """Sigmoids for each head: theta is one times `largest (1 - eta)`."""
+
+    def __init__(self, width: int, num_heads: int, largest: float):
+        super().__init__()
+        self.largest = largest
+        self.raw = nn.Linear(width, 3 * num_heads, bias=False)
+        # Forgets 0.1 % a token at first: weights that forget faster than they learn end at zero,
+        # where neither layer has a gradient.
+        self.keep_bias = nn.Parameter(torch.full((num_heads,), 7.0))
+
+    def forward(self, x_BTD: Tensor) -> Gates:
+        """In at least fp32."""
+        raw = self.raw(x_BTD)
+        step, keep, momentum = raw.to(torch.promote_types(raw.dtype, torch.float32)).chunk(3, -1)
+        step = self.largest * step.sigmoid() * (-momentum).sigmoid()
+        return Gates(step, F.logsigmoid(keep + self.keep_bias), F.logsigmoid(momentum))
 
 
 class Course(NamedTuple):
@@ -222,10 +244,10 @@ def course_of(runs: Runs, gates: Gates) -> Course:
 
 def _left(log_C: Tensor) -> Tensor:
     """What is left after each token of what was there before, `[1 + C, 1 + C]`, the start first."""
-    sums = F.pad(log_C.cumsum(-1), (1, 0))
-    between = sums[..., :, None] - sums[..., None, :]
-    is_later = torch.ones_like(between[0, 0, 0], dtype=torch.bool).tril()
-    return between.masked_fill(~is_later, -torch.inf).exp()
+    later = torch.ones(log_C.shape[-1] + 1, log_C.shape[-1] + 1, device=log_C.device).tril() > 0
+    # Sums that begin at each column: differences of running sums would round what is far smaller.
+    between = log_C[..., None].where(later[:-1], 0).cumsum(-2)
+    return F.pad(between, (0, 0, 1, 0)).masked_fill(~later, -torch.inf).exp()
 
 
 Ask = Callable[[State, int], tuple[Tensor, ...]]
@@ -276,7 +298,7 @@ class OneDocument:
 
     def __init__(self, memory: DeepMemory, dtype: torch.dtype):
         self.dtype = dtype
-        self.weights = (memory.first_inner.to(dtype), memory.first_outer.to(dtype))
+        self.weights = tuple(x.to(dtype) for x in (memory.first_inner, memory.first_outer))
         self.momenta = tuple(torch.zeros_like(x) for x in self.weights)
         self.anchor = self.weights
 

@@ -5,8 +5,8 @@ tokens starts with (section 3.2; 1 is every token), see `deep_memory`. Batches a
 from a document's start, so that no split changes them; a document starts with learned weights. The
 update is not linear in the state, so that nothing associative stands for a part of the sequence:
 weights, momenta and anchors are handed from rank to rank, and ranks wait for each other. alpha and
-eta are sigmoids per head and token. theta is `largest_step / batch (1 - eta) sigmoid`: with this
-choice, which is ours as unit values are, no gates make momentum diverge.
+eta are sigmoids per head and token. theta is `largest_step / batch (1 - eta) sigmoid`, which is
+ours as unit values are: neither a larger batch nor a longer momentum makes memories move faster.
 
 `lmm` is the memory alone, normalised and gated. `mal` (equations 29 to 31) is attention to a window
 over the memory's normalised answers. `mac` (equations 21 to 25) works on segments, which are its
@@ -35,11 +35,12 @@ from longctx.mixers.deep_memory import (
     OneDocument,
     Runs,
     State,
+    StepGates,
     memorise,
     runs_of,
     runs_of_segment,
 )
-from longctx.mixers.parts import GatedNorm, ShortConvolution, log_sigmoid, unit
+from longctx.mixers.parts import GatedNorm, ShortConvolution, unit
 from longctx.sequence.expected import (
     Expected,
     Share,
@@ -64,8 +65,8 @@ class DeepTitansConfig(HeadsConfig, kind="deep_titans"):
     """Hidden size of the memory; 0 means twice the size of a head."""
     batch: int = 16
     """Tokens whose gradients are taken at the same weights; with mac those of a segment."""
-    largest_step: float = 1.0
-    """Largest sum of the steps of a batch."""
+    largest_step: float = 0.5
+    """Largest sum of the steps of a batch; from about 1 on, less with batch 1, memories diverge."""
     segment: int = 0
     """With mac, tokens that attend to each other."""
     window: int = 0
@@ -165,8 +166,7 @@ class DeepTitans(Mixer):
         self.key_dim, self.hidden = K, config.hidden or 2 * K
         self.left = config.segment - 1 if is_mac else 0
         self.told = nn.Linear(width, parts * H * K, bias=False)
-        self.gates = nn.Linear(width, 3 * H, bias=False)
-        self.keep_bias = nn.Parameter(torch.full((H,), 4.0))  # forgets 2 % a token at first
+        self.gates = StepGates(width, H, config.largest_step / config.batch_size)
         taps, channels = config.convolution, parts * H * K
         self.convolve = ShortConvolution(channels, taps) if taps else None
         self.memory = DeepMemory(H, K, self.hidden)
@@ -194,17 +194,7 @@ class DeepTitans(Mixer):
             asked, k, v = self.context.attention(x_BTD, positions % self.config.segment)
             seen = view.halo(torch.cat((told, k, v), -1).type_as(v), self.left)
         gate = None if self.gate is None else split_heads(self.gate(x_BTD), H)
-        return DeepTitansParts(seen, self._gates(x_BTD), asked, gate, positions)
-
-    def _gates(self, x_BTD: Tensor) -> Gates:
-        raw = self.gates(x_BTD)
-        step, keep, momentum = raw.to(torch.promote_types(raw.dtype, torch.float32)).chunk(3, -1)
-        largest = self.config.largest_step / self.config.batch_size
-        return Gates(
-            largest * step.sigmoid() * (-momentum).sigmoid(),
-            log_sigmoid(keep + self.keep_bias),
-            log_sigmoid(momentum),
-        )
+        return DeepTitansParts(seen, self.gates(x_BTD), asked, gate, positions)
 
     def core(self, projected: DeepTitansParts, view: SequenceView) -> Tensor:
         size, lengths = self.config.batch_size, [segment.length for segment in view.plan.segments]
