@@ -103,7 +103,7 @@ def _between(g, coarse, fine, GATE: tl.constexpr, REVERSE: tl.constexpr, BLOCK_T
 
 @triton.jit
 def _diagonal_logs(g, row, length, k, H: tl.constexpr, K: tl.constexpr):
-    """The same under diagonal gates, `[C, K]` and in all `[K]`."""
+    """As `_tile_logs` under diagonal gates, `[C, K]` and in all `[K]`."""
     each = _load(g, row, length, k, H, K)
     sixteenths = tl.floor(each * 16.0) * 0.0625
     coarse, fine = tl.cumsum(sixteenths, 0), tl.cumsum(each - sixteenths, 0)
@@ -113,59 +113,22 @@ def _diagonal_logs(g, row, length, k, H: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
-def _to_token(coarse, fine, j, i, REVERSE: tl.constexpr):
-    """Decay between token j and each token of its tile, `[C, K]`; zero for pairs out of order."""
-    at = (i == j)[:, None]
-    log = coarse - tl.sum(tl.where(at, coarse, 0.0), 0)[None, :]
-    log += fine - tl.sum(tl.where(at, fine, 0.0), 0)[None, :]
-    if REVERSE:
-        return tl.exp(tl.where((i <= j)[:, None], -log, float("-inf")))
-    else:
-        return tl.exp(tl.where((i >= j)[:, None], log, float("-inf")))
-
-
-@triton.jit
-def _diagonal_scores(a, b, coarse, fine, REVERSE: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Scores `[C, C]` of rows of a and b under diagonal decays, one row of b after the other."""
-    i = tl.arange(0, BLOCK_T)
-    scores = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
-    for j in range(BLOCK_T):
-        b_j = tl.sum(tl.where((i == j)[:, None], b.to(tl.float32), 0.0), 0)
-        decay = _to_token(coarse, fine, j, i, REVERSE)
-        column = tl.sum(a.to(tl.float32) * b_j[None, :] * decay, 1)
-        scores = tl.where((i == j)[None, :], column[:, None], scores)
-    return scores
-
-
-@triton.jit
-def _diagonal_sum(scores, c, coarse, fine, REVERSE: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Sum over j of scores[i, j] c[j] under diagonal decays between i and j."""
-    i = tl.arange(0, BLOCK_T)
-    out = tl.zeros(c.shape, tl.float32)
-    for j in range(BLOCK_T):
-        c_j = tl.sum(tl.where((i == j)[:, None], c.to(tl.float32), 0.0), 0)
-        column = tl.sum(tl.where((i == j)[None, :], scores, 0.0), 1)
-        out += column[:, None] * c_j[None, :] * _to_token(coarse, fine, j, i, REVERSE)
-    return out
-
-
-@triton.jit
 def _walk(
-    a_THW, b_THW, c_THN, g, out_THN, other_THN, products, state_WN, start, length, h, w, n, scale,
-    GATE: tl.constexpr, REVERSE: tl.constexpr, KEYS_WIDE: tl.constexpr, BLOCK_T: tl.constexpr,
-    H: tl.constexpr, W: tl.constexpr, N: tl.constexpr,
+    a_THW, b_THW, c_THN, g, out_THN, other_THN, products_TH, state_WN, start, length, h, w, n,
+    scale, GATE: tl.constexpr, REVERSE: tl.constexpr, BLOCK_T: tl.constexpr, H: tl.constexpr,
+    W: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """out = decayed a (state + b^T c over earlier tokens), times scale: any of o, dq, dk and dv.
 
     o from (q, k, v) and dq from (dout, v, k) walk right; dk from (v, dout, q) and dv from
-    (k, q, dout) are REVERSE. The keys' dimension, which has the gates, is W or else N. If asked,
-    `products` gets out * other, summed over N unless gates are diagonal.
+    (k, q, dout) are REVERSE. If asked, `products_TH` gets out * other, summed over N. Returns the
+    state behind the last tile.
     """
     i = tl.arange(0, BLOCK_T)
     head = start * H + h
     a_THW, b_THW = a_THW + head * W, b_THW + head * W
     c_THN, out_THN = c_THN + head * N, out_THN + head * N
-    g = _gate_of(g, head, h, W if KEYS_WIDE else N, GATE)
+    g = _gate_of(g, head, h, W, GATE)
     tiles = tl.cdiv(length, BLOCK_T)
     for step in range(tiles):
         first = (tiles - 1 - step if REVERSE else step) * BLOCK_T
@@ -174,49 +137,25 @@ def _walk(
         b_CW = _load(b_THW, row, length, w, H, W)
         zero_CC = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
         zero_CN = tl.zeros([BLOCK_T, n.shape[0]], tl.float32)
-        if GATE < 2:
-            # Decays weigh products in fp32. Scores are rounded alike for dq and dk, so that their
-            # errors cancel in the gradient of the gate.
-            out_CN = _dot(a_CW, state_WN.to(a_CW.dtype), zero_CN)
-            scores_CC = _dot(a_CW, tl.trans(b_CW), zero_CC)
-            coarse, fine, to_end, total = _tile_logs(g, first, length, GATE, H, BLOCK_T)
-            scores_CC *= _between(g, coarse, fine, GATE, REVERSE, BLOCK_T) * scale
-            scores_CC = scores_CC.to(a_CW.dtype)
-            starts, ends = tl.exp(coarse + fine), tl.exp(to_end)
-            read, write = (ends, starts * scale) if REVERSE else (starts * scale, ends)
-            c_CN = _load(c_THN, row, length, n, H, N)
-            out_CN = _dot(scores_CC, c_CN, out_CN * read[:, None])
-            state_WN *= tl.exp(total)
-            c_CN = (c_CN * write[:, None]).to(c_CN.dtype)
-        else:
-            c_CN = _load(c_THN, row, length, n, H, N)
-            if KEYS_WIDE:
-                coarse, fine, to_end, total = _diagonal_logs(g, row, length, w, H, W)
-            else:
-                coarse, fine, to_end, total = _diagonal_logs(g, row, length, n, H, N)
-            starts, ends = tl.exp(coarse + fine), tl.exp(to_end)
-            read, write = (ends, starts * scale) if REVERSE else (starts * scale, ends)
-            decay = tl.exp(total)
-            if KEYS_WIDE:
-                scores_CC = _diagonal_scores(a_CW, b_CW, coarse, fine, REVERSE, BLOCK_T) * scale
-                out_CN = _dot((a_CW * read).to(a_CW.dtype), state_WN.to(a_CW.dtype), zero_CN)
-                out_CN = _dot(scores_CC.to(a_CW.dtype), c_CN, out_CN)
-                b_CW = (b_CW * write).to(b_CW.dtype)
-                state_WN *= decay[:, None]
-            else:
-                scores_CC = _dot(a_CW, tl.trans(b_CW), zero_CC) * scale
-                out_CN = _dot(a_CW, state_WN.to(a_CW.dtype), zero_CN) * read
-                out_CN += _diagonal_sum(scores_CC, c_CN, coarse, fine, REVERSE, BLOCK_T)
-                c_CN = (c_CN * write).to(c_CN.dtype)
-                state_WN *= decay[None, :]
+        # Decays weigh products in fp32. Scores are rounded alike for dq and dk, so that their
+        # errors cancel in the gradient of the gate.
+        out_CN = _dot(a_CW, state_WN.to(a_CW.dtype), zero_CN)
+        scores_CC = _dot(a_CW, tl.trans(b_CW), zero_CC)
+        coarse, fine, to_end, total = _tile_logs(g, first, length, GATE, H, BLOCK_T)
+        scores_CC *= _between(g, coarse, fine, GATE, REVERSE, BLOCK_T) * scale
+        scores_CC = scores_CC.to(a_CW.dtype)
+        starts, ends = tl.exp(coarse + fine), tl.exp(to_end)
+        read, write = (ends, starts * scale) if REVERSE else (starts * scale, ends)
+        c_CN = _load(c_THN, row, length, n, H, N)
+        out_CN = _dot(scores_CC, c_CN, out_CN * read[:, None])
+        state_WN *= tl.exp(total)
+        c_CN = (c_CN * write[:, None]).to(c_CN.dtype)
         _store(out_THN, out_CN, row, length, n, H, N)
-        if GATE > 0 and not KEYS_WIDE:
+        if products_TH is not None:
             product_CN = out_CN * _load(other_THN + head * N, row, length, n, H, N)
-            if GATE == 1:
-                tl.store(products + row * H, tl.sum(product_CN, 1), mask=row < length)
-            else:
-                _store(products, product_CN, row, length, n, H, N)
+            tl.store(products_TH + row * H, tl.sum(product_CN, 1), mask=row < length)
         state_WN = _dot(tl.trans(b_CW), c_CN, state_WN)
+    return state_WN
 
 
 @triton.jit(do_not_specialize=["scale"])
@@ -387,7 +326,7 @@ def decay_outputs(
     state_KV = _load_state(starts_RHKV + row * (K * V), k, v, K, V, False).to(tl.float32)
     _walk(
         q_THK, k_THK, v_THV, g, out_THV, None, None, state_KV, start.to(tl.int64), length, h,
-        k, v, scale, GATE, False, True, BLOCK_T, H, K, V,
+        k, v, scale, GATE, False, BLOCK_T, H, K, V,
     )  # fmt: skip
 
 
@@ -405,6 +344,8 @@ def decay_gradients(
     dv_THV,
     qdq,
     kdk,
+    at_start_JHK,
+    at_stop_JHK,
     chunks,
     T,
     scale,
@@ -418,7 +359,11 @@ def decay_gradients(
     K: tl.constexpr,
     V: tl.constexpr,
 ):
-    """Gradients of a chunk: a program makes BLOCK_K columns of dq or of dk, or BLOCK_V of dv."""
+    """Gradients of a chunk: a program makes BLOCK_K columns of dq or of dk, or BLOCK_V of dv.
+
+    For a scalar gate `at_start_JHK` and `at_stop_JHK` get the product of the state and its gradient
+    at the edges of each chunk.
+    """
     tiles_k: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     parts: tl.constexpr = 2 * tiles_k + ((V + BLOCK_V - 1) // BLOCK_V)
     chunk = tl.program_id(0) // parts
@@ -434,26 +379,32 @@ def decay_gradients(
     if GATE == 1:
         at = (tile.to(tl.int64) * T + start) * H + h
         qdq, kdk = qdq + at, kdk + at
-    if GATE == 2:
-        qdq, kdk = qdq + (start * H + h) * K, kdk + (start * H + h) * K
+        at_start_JHK += (chunk.to(tl.int64) * H + h) * K
+        at_stop_JHK += (chunk.to(tl.int64) * H + h) * K
     # Not a chain of else: shared memory of one branch would be kept apart from another's.
     if part < tiles_k:
         state_VK = _load_state(starts_RHKV, k_N, v_W, K, V, True).to(tl.float32)
-        _walk(
+        leaving_VK = _walk(
             dout_THV, v_THV, k_THK, g, dq_THK, q_THK, qdq, state_VK, start, length, h,
-            v_W, k_N, scale, GATE, False, False, BLOCK_T, H, V, K,
+            v_W, k_N, scale, GATE, False, BLOCK_T, H, V, K,
         )  # fmt: skip
+        if GATE == 1:
+            edge_VK = leaving_VK * _load_state(ends_RHKV, k_N, v_W, K, V, True)
+            tl.store(at_stop_JHK + k_N, tl.sum(edge_VK, 0), mask=k_N < K)
     if (part >= tiles_k) & (part < 2 * tiles_k):
         state_VK = _load_state(ends_RHKV, k_N, v_W, K, V, True).to(tl.float32)
-        _walk(
+        entering_VK = _walk(
             v_THV, dout_THV, q_THK, g, dk_THK, k_THK, kdk, state_VK, start, length, h,
-            v_W, k_N, scale, GATE, True, False, BLOCK_T, H, V, K,
+            v_W, k_N, scale, GATE, True, BLOCK_T, H, V, K,
         )  # fmt: skip
+        if GATE == 1:
+            edge_VK = entering_VK * _load_state(starts_RHKV, k_N, v_W, K, V, True)
+            tl.store(at_start_JHK + k_N, tl.sum(edge_VK, 0), mask=k_N < K)
     if part >= 2 * tiles_k:
         k_W = tl.arange(0, WHOLE_K)
         v_N = (part - 2 * tiles_k) * BLOCK_V + tl.arange(0, BLOCK_V)
         state_KV = _load_state(ends_RHKV, k_W, v_N, K, V, False).to(tl.float32)
         _walk(
             k_THK, q_THK, dout_THV, g, dv_THV, None, None, state_KV, start, length, h,
-            k_W, v_N, scale, GATE, True, True, BLOCK_T, H, K, V,
+            k_W, v_N, scale, GATE, True, BLOCK_T, H, K, V,
         )  # fmt: skip

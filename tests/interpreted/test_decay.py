@@ -115,6 +115,29 @@ def test_half_precision_equals_the_recurrence(kind):
         assert_close(a, e, "fp16", f"{kind} {name}")
 
 
+@pytest.mark.parametrize("kind", ["scalar", "diagonal"])
+@pytest.mark.parametrize(("T", "D"), [(64, 32), (256, 16)])
+def test_rounding_does_not_gather_in_the_gradient_of_the_gate(kind, T, D):
+    """Without a cotangent of the final state: its rounding would be an error of all tokens."""
+    *tensors, dfinal = case(kind, (0, T), D, D, torch.float16)
+    tensors.append(torch.zeros_like(dfinal))
+    expected = expected_of(tensors, (0, T))
+    for name, a, e in zip(NAMES, actual_of(tensors, (0, T)), expected):
+        assert_close(a, e, "fp16", f"{kind} {name}")
+
+
+@pytest.mark.parametrize("block", [16, 32, 64])
+def test_strong_decays_do_not_drown_weak_ones_in_their_tile(block, monkeypatch):
+    table = launching.read_tables()["decay"][launching.INTERPRETER]
+    monkeypatch.setitem(table["decay_scores_diagonal_fp32"]["64"], "BLOCK_T", block)
+    q, k, v, g, *rest = case("diagonal", (0, 100), 16, 16)
+    at = torch.arange(100)[:, None, None]
+    g = torch.where((at + torch.arange(16)) % 23 < 15, -64.0, -1e-3).expand_as(g).contiguous()
+    tensors = (q, k, v, g, *rest)
+    for name, a, e in zip(NAMES, actual_of(tensors, (0, 100)), expected_of(tensors, (0, 100))):
+        assert_close(a, e, "fp32", name)
+
+
 @pytest.mark.parametrize("kind", ["constant", "scalar", "diagonal"])
 def test_op_equals_the_definition(kind):
     cuts = (0, 1, 64, 131)
