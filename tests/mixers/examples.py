@@ -111,7 +111,12 @@ VARIANTS: dict[str, dict[str, MixerConfig]] = {
             composition="mal", num_heads=2, head_dim=3, hidden=4, batch=8, window=9, persistent=2
         ),
         "as-context": DeepTitansConfig(
-            composition="mac", num_heads=2, head_dim=3, hidden=3, segment=6, persistent=2
+            composition="mac",
+            num_heads=2,
+            head_dim=5,
+            hidden=3,
+            segment=6,
+            persistent=2,
         ),
         "bare": DeepTitansConfig(num_heads=1, head_dim=2, hidden=3, batch=4, convolution=0),
     },
