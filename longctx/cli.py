@@ -80,10 +80,29 @@ def generate(argv: list[str]) -> int:
     return 0
 
 
+def study(argv: list[str]) -> int:
+    """FILE [--study.workers N ...]: train every cell of a study, or what is left of it"""
+    from longctx.config import apply_overrides
+    from longctx.parallel.mesh import world_size
+    from longctx.study.design import Options, load_study
+    from longctx.study.run import run_study
+
+    name, options = _first_argument(argv, "study", "a study file", default="")
+    if not name:
+        apply_overrides(Options(), options, "longctx study")
+    if world_size() > 1:
+        raise InputError("longctx study starts processes itself: run it without a launcher")
+    stopped_by, failed = run_study(load_study(name, options))
+    if failed:
+        sys.stderr.write(f"longctx: cells that failed: {', '.join(failed)}\n")
+    return STOPPED if stopped_by else int(bool(failed))
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "check": check,
     "generate": generate,
+    "study": study,
 }
 
 

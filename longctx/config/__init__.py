@@ -5,7 +5,7 @@ A file and a command line pass through one decoder, so both give the same messag
 
 from longctx.config.decoding import decode
 from longctx.config.fields import first_difference, flatten, to_dict
-from longctx.config.files import load_table, to_toml
+from longctx.config.files import load_table, merge, to_toml
 from longctx.config.overrides import apply_overrides
 from longctx.config.registry import Registered
 
@@ -16,6 +16,7 @@ __all__ = [
     "first_difference",
     "flatten",
     "load_table",
+    "merge",
     "to_dict",
     "to_toml",
 ]

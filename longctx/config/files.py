@@ -32,15 +32,16 @@ def _load(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
         return table
     if not isinstance(parent, str):
         raise InputError(f"{path}: extends = {parent!r}: expected a file name")
-    return _merge(_load(path.parent / parent, (*children, path)), table)
+    return merge(_load(path.parent / parent, (*children, path)), table)
 
 
-def _merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
+def merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
+    """The tables of `parent` with those of `child` over them; another `kind` replaces a table."""
     kinds = parent.get("kind"), child.get("kind")
     if all(isinstance(kind, str) for kind in kinds) and kinds[0] != kinds[1]:
         return child
     both_tables = {
-        key: _merge(parent[key], value)
+        key: merge(parent[key], value)
         for key, value in child.items()
         if isinstance(value, dict) and isinstance(parent.get(key), dict)
     }

@@ -1,4 +1,4 @@
-"""Text files to packed batches, each a pure function of (seed, step)."""
+"""Text files or generated tasks to batches, each a pure function of (seed, step)."""
 
 from longctx.data.loader import Batch, Loader, Loaders, build_loaders
 from longctx.data.packing import IGNORE, PackedSequence, PackedStream

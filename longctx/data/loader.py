@@ -9,6 +9,7 @@ import torch
 
 from longctx.data.packing import PackedStream
 from longctx.data.sources import DataConfig, open_corpus, unigram_entropy
+from longctx.data.synthetic import GeneratedStream, answer_entropy
 from longctx.data.tokenizer import ByteTokenizer
 
 VALIDATION_SEED = 0
@@ -20,7 +21,7 @@ class Batch:
 
     tokens_BT: torch.Tensor
     labels_BT: torch.Tensor
-    """The next token; IGNORE where it belongs to another document."""
+    """The next token, or the answer of a task; IGNORE where there is none in the document."""
     documents: tuple[tuple[int, ...], ...]
     """For every row where documents start in the whole sequence, rising from 0."""
     sequence_ids: tuple[int, ...]
@@ -30,7 +31,9 @@ class Batch:
 class Loader:
     """Reads sequences of a stream; without `document_reset` each sequence is one document."""
 
-    def __init__(self, stream: PackedStream, batch_size: int, document_reset: bool) -> None:
+    def __init__(
+        self, stream: PackedStream | GeneratedStream, batch_size: int, document_reset: bool
+    ) -> None:
         self._stream = stream
         self._batch_size = batch_size
         self._document_reset = document_reset
@@ -52,7 +55,9 @@ class Loader:
 
     def num_valid(self, ids: Sequence[int]) -> int:
         """Labels of whole sequences that count in the loss, known without reading them."""
-        return sum(self._stream.seq_len - self._num_borders(index) for index in ids)
+        if not self._document_reset:
+            return self._stream.seq_len * len(ids)
+        return sum(map(self._stream.num_labels, ids))
 
     def _row(
         self, index: int, segments: Sequence[tuple[int, int]]
@@ -70,9 +75,6 @@ class Loader:
             return (0,)
         return tuple(s for s in self._stream.document_starts(index) if s < self._stream.seq_len)
 
-    def _num_borders(self, index: int) -> int:
-        return len(self._stream.document_starts(index)) - 1 if self._document_reset else 0
-
 
 @dataclass(frozen=True)
 class Loaders:
@@ -81,14 +83,16 @@ class Loaders:
     train: Loader
     validation: Loader
     unigram_entropy: float
-    """Of the held-out text, in nats a byte."""
+    """Of the held-out text, in nats a byte, or of the answers of a task."""
     fingerprint: str
-    """Of the whole corpus; a resumed run must find the same."""
+    """Of the whole corpus, or of a task's first sequences; a resumed run must find the same."""
     vocab_size: int
 
 
 def build_loaders(config: DataConfig, seq_len: int, batch_size: int, seed: int) -> Loaders:
     """Read `[data]`; validation order does not depend on `seed`, so runs can be compared."""
+    if config.task:
+        return _generated(config, seq_len, batch_size, seed)
     corpus = open_corpus(config)
     held_out = corpus.load("validation")
     train = PackedStream(corpus.load("train"), seq_len, seed)
@@ -99,4 +103,16 @@ def build_loaders(config: DataConfig, seq_len: int, batch_size: int, seed: int) 
         unigram_entropy=unigram_entropy(held_out.tokens),
         fingerprint=corpus.fingerprint(),
         vocab_size=ByteTokenizer.vocab_size,
+    )
+
+
+def _generated(config: DataConfig, seq_len: int, batch_size: int, seed: int) -> Loaders:
+    train = GeneratedStream(config, seq_len, seed, "train")
+    validation = GeneratedStream(config, seq_len, VALIDATION_SEED, "validation")
+    return Loaders(
+        train=Loader(train, batch_size, document_reset=True),
+        validation=Loader(validation, batch_size, document_reset=True),
+        unigram_entropy=answer_entropy(config),
+        fingerprint=validation.fingerprint(),
+        vocab_size=config.vocabulary,
     )

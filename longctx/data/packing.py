@@ -63,6 +63,10 @@ class PackedStream:
         labels = np.where(ordinals[1:] == ordinals[:-1], tokens[1:], IGNORE)
         return PackedSequence(tokens[:-1], labels, int(tokens[-1]))
 
+    def num_labels(self, index: int) -> int:
+        """Labels of sequence `index` that are not IGNORE. No token is read."""
+        return self.seq_len - len(self.document_starts(index)) + 1
+
     def document_starts(self, index: int) -> tuple[int, ...]:
         """Where documents start in sequence `index`: 0, places inside, and `seq_len` if the next
         sequence begins with a new one. No token is read."""

@@ -1,4 +1,4 @@
-"""Where the text comes from: files become documents, documents are held out by name."""
+"""Where the data come from: files become documents, documents are held out by name."""
 
 import glob
 import hashlib
@@ -31,15 +31,58 @@ class DataConfig:
     """Text file, folder or glob, one document a file; empty uses the Python standard library's
     sources."""
     validation_percent: int = 5
-    """Share of the files held out, chosen by a hash of the relative name; 1 to 50."""
+    """Share of the files, or of a task's sequences, held out, chosen by a hash of the relative name
+    or the tokens; 1 to 50."""
     document_reset: bool = True
     """State, attention and positions restart at each document; false treats a packed sequence as
     one document."""
+    task: Literal["", "mqar", "selective_copying"] = ""
+    """Generate sequences instead of reading text: mqar asks for values of keys, selective_copying
+    for letters between noise. Each sequence is one document; only answers count in the loss."""
+    pairs: int = 8
+    """Keys, with a value each, that a sequence of mqar tells first."""
+    answers: int = 8
+    """Answers that a sequence of a task asks for: different keys of mqar, or letters to copy."""
+    vocabulary: int = 64
+    """Different tokens of a task: half keys and half values, or noise, marker and letters."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.validation_percent <= 50:
             raise InputError(
                 f"data.validation_percent = {self.validation_percent}: choose 1 to 50 percent"
+            )
+        if self.task:
+            self._check_task()
+
+    def _check_task(self) -> None:
+        task, pairs, answers = self.task, self.pairs, self.answers
+        if self.path:
+            raise InputError(
+                f"data.path = {self.path!r} and data.task = {task!r}: a task generates its own "
+                "data; leave one of them empty"
+            )
+        if answers < 1:
+            raise InputError(f"data.answers = {answers}: must be at least 1")
+        if task == "mqar" and answers > pairs:
+            raise InputError(
+                f"data.answers = {answers} asks for more keys than data.pairs = {pairs}; "
+                "lower answers or raise pairs"
+            )
+        least = 2 * pairs + 2 if task == "mqar" else 4
+        if self.vocabulary < least:
+            raise InputError(
+                f"data.vocabulary = {self.vocabulary}: {task} needs at least {least}"
+                + (f" for data.pairs = {pairs}" if task == "mqar" else "")
+            )
+
+    def check_length(self, seq_len: int) -> None:
+        """Raises InputError if sequences are too short for the task."""
+        told = 2 * self.pairs if self.task == "mqar" else self.answers
+        if self.task and told + self.answers > seq_len:
+            pairs = f"data.pairs = {self.pairs} and " if self.task == "mqar" else ""
+            raise InputError(
+                f"train.seq_len = {seq_len} is too short for {pairs}data.answers = "
+                f"{self.answers}: {self.task} needs {told + self.answers} tokens"
             )
 
 

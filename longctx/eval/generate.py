@@ -49,6 +49,8 @@ def generate(path: str, config: GenerateConfig) -> str:
     """Prompt and continuation, up to the end of the document."""
     model = load_model(path)
     tokenizer = ByteTokenizer()
+    if model.embedding.num_embeddings != tokenizer.vocab_size:
+        raise InputError(f"{path}: was trained on a data.task, whose tokens stand for no text")
     generator = torch.Generator().manual_seed(config.seed)
     ids = tokenizer.encode_prompt(config.prompt).tolist()
     logits_1V, memory = model.step(torch.tensor([ids]), 0, [])

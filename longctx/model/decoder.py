@@ -11,7 +11,7 @@ from longctx.errors import InputError
 from longctx.mixers import Mixer, MixerConfig, Place
 from longctx.mixers.base import Backend, RMSNorm
 from longctx.model.layers import FEED_FORWARD
-from longctx.model.loss import linear_cross_entropy
+from longctx.model.loss import count_correct, linear_cross_entropy
 from longctx.sequence.local import LocalView
 from longctx.sequence.view import SequenceView
 
@@ -138,6 +138,8 @@ class Losses(NamedTuple):
 
     cross_entropy: Tensor
     mixers: dict[str, Tensor]
+    correct: Tensor | None = None
+    """How many valid labels are the most likely token; not counted in training."""
 
 
 class Decoder(nn.Module):
@@ -167,7 +169,9 @@ class Decoder(nn.Module):
         if torch.is_autocast_enabled(hidden_MD.device.type):
             dtype = torch.get_autocast_dtype(hidden_MD.device.type)
             hidden_MD, weight_VD = hidden_MD.to(dtype), weight_VD.to(dtype)
-        return Losses(linear_cross_entropy(hidden_MD, weight_VD, labels_BT.flatten()), means)
+        operands = hidden_MD, weight_VD, labels_BT.flatten()
+        correct = None if self.training else count_correct(*operands)
+        return Losses(linear_cross_entropy(*operands), means, correct)
 
     @torch.no_grad()
     def step(self, tokens_BT: Tensor, start: int, memory: list[Any]) -> tuple[Tensor, list[Any]]:

@@ -1,4 +1,5 @@
-"""Cross-entropy of a linear head, summed, without all logits of a batch in memory at once."""
+"""Cross-entropy and right answers of a linear head, summed, without all logits of a batch in
+memory at once."""
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,16 @@ def linear_cross_entropy(hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor)
             hidden_MD, weight_VD, labels_M, reduction="sum", ignore_index=IGNORE, options=options
         )
     return _ChunkedCrossEntropy.apply(hidden_MD, weight_VD, labels_M)
+
+
+@torch.no_grad()
+def count_correct(hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor) -> Tensor:
+    """How many labels other than -100 have the largest logit; the earlier class wins ties."""
+    asked = (labels_M != IGNORE).nonzero()[:, 0]
+    rows, total = _rows_per_chunk(weight_VD), torch.zeros((), dtype=torch.long, device=asked.device)
+    for hidden, labels in zip(hidden_MD[asked].split(rows), labels_M[asked].split(rows)):
+        total += ((hidden @ weight_VD.mT).argmax(-1) == labels).sum()
+    return total
 
 
 def _rows_per_chunk(weight_VD: Tensor) -> int:

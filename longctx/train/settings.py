@@ -90,7 +90,7 @@ class EvalConfig:
     """The `[eval]` table."""
 
     every: int = 100
-    """Steps between evaluations on held-out text; 0 evaluates only at the end."""
+    """Steps between evaluations on held-out data; 0 evaluates only at the end."""
     sequences: int = 16
     """Held-out sequences of an evaluation."""
 
@@ -116,6 +116,7 @@ class Settings:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
+        self.data.check_length(self.train.seq_len)
         for letter, mixer in self.model.mixers.items():
             mixer.check_length(self.train.seq_len, f"model.mixers.{letter}")
 

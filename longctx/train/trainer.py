@@ -21,7 +21,7 @@ from longctx.train.environment import describe
 from longctx.train.hardware import keep_freed_memory, peak_flops, peak_memory_bytes
 from longctx.train.metrics import MetricsLog, SilentLog, write_json
 from longctx.train.optim import build_optimizer, clip_gradients, learning_rate
-from longctx.train.run_directory import open_run, write_config
+from longctx.train.run_directory import SUMMARY_FILE, open_run, write_config
 from longctx.train.settings import DTYPES, Settings
 from longctx.train.signals import StopRequest
 
@@ -181,21 +181,23 @@ class Trainer:
         }
         row |= figures
         if progress.step == config.steps or (every and progress.step % every == 0):
-            row["val_loss"] = self.evaluate()
+            row |= self.evaluate()
         return row
 
     @torch.no_grad()
-    def evaluate(self) -> float:
-        """Mean loss over the held-out sequences, in nats a token."""
+    def evaluate(self) -> dict[str, float]:
+        """Over the labels of the held-out sequences: the mean loss in nats, and the share that is
+        the most likely token."""
         self.model.eval()
         mesh, config, loader = self.mesh, self.settings.train, self.loaders.validation
         ids = range(self.settings.eval.sequences)
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros(2, dtype=torch.float64)
         mine = ids[mesh.dp_rank :: mesh.split.dp]
         for micro in _chunks(mine, config.micro_batch or config.batch_size // mesh.split.dp):
-            total += self._forward(loader, micro)[0].cross_entropy.item()
-        total = mesh.sum(total.to(self.device), "evaluation")
-        return total.item() / max(1, loader.num_valid(ids))
+            losses = self._forward(loader, micro)[0]
+            total += torch.stack((losses.cross_entropy.double(), losses.correct.double())).cpu()
+        total = mesh.sum(total.to(self.device), "evaluation") / max(1, loader.num_valid(ids))
+        return dict(zip(("val_loss", "val_accuracy"), total.tolist()))
 
     def _forward(self, loader: Loader, ids: Sequence[int]) -> tuple[Losses, int]:
         """This process's share of the losses of sequences, and the FLOPs of computing it."""
@@ -261,13 +263,13 @@ class Trainer:
     def _conclude(self, log: MetricsLog | SilentLog) -> None:
         """Writes the summary and the picture."""
         folder, progress = self.settings.run.path, self.progress
-        val_loss = self.evaluate()
+        results = self.evaluate()
         if self.mesh.rank:
             return
         entropy = self.loaders.unigram_entropy
         summary = {
             "step": progress.step,
-            "val_loss": val_loss,
+            **results,
             "unigram_entropy": entropy,
             "tokens": progress.tokens,
             "seconds": progress.seconds,
@@ -277,11 +279,12 @@ class Trainer:
             "device": self.device.type,
             "processes": self.mesh.size,
         }
-        write_json(folder / "summary.json", summary)
+        write_json(folder / SUMMARY_FILE, summary)
         draw_loss(folder, entropy)
         log.info(
-            f"validation loss {val_loss:.4f} nats a token; "
-            f"byte-unigram entropy of the held-out text {entropy:.4f}; results in {folder}"
+            f"validation loss {results['val_loss']:.4f} nats a label, accuracy "
+            f"{results['val_accuracy']:.4f}; unigram entropy of the held-out labels {entropy:.4f}; "
+            f"results in {folder}"
         )
 
 
