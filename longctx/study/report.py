@@ -57,19 +57,20 @@ def _draw(study: Study, results: Mapping[str, Result]) -> None:
     for number, (name, points) in enumerate(groups.items()):
         shown = [place for place in places if place in points]
         # Lines that lie on each other are set apart a little.
-        shift = 0.06 * (number - (len(groups) - 1) / 2)
+        shift = 0.5 * ((number + 0.5) / len(groups) - 0.5)
         means = [sum(points[place]) / len(points[place]) for place in shown]
         reach = [
             [mean - min(points[place]) for place, mean in zip(shown, means)],
             [max(points[place]) - mean for place, mean in zip(shown, means)],
         ]
         x = [places.index(place) + shift for place in shown]
-        axes.errorbar(x, means, reach, marker="o", linewidth=1.2, capsize=3, label=name)
+        style = {"marker": "os^DvPX"[number % 7], "color": f"C{number % 10}", "linewidth": 0.8}
+        axes.errorbar(x, means, reach, capsize=3, label=name, **style)
     axes.set_xticks(range(len(places)), places)
     axes.set(xlabel=study.axes[0], ylabel=LABELS[study.config.plot], title=study.config.name)
     axes.grid(alpha=0.25)
     if groups:
-        axes.legend(frameon=False)
+        figure.legend(loc="outside right upper", frameon=False)
     figure.savefig(study.config.path / "study.png")
 
 
