@@ -28,6 +28,8 @@ class Example:
     is_quadratic: bool = False
     is_judged: bool = False
     """Its cost per token must not depend on the length."""
+    longest: int = 0
+    """The longest sequence, where another limit would take minutes; 0 has no other."""
 
     def config(self, num_heads: int) -> MixerConfig:
         """The decoded table; heads are given to the mixer that has them."""
@@ -71,6 +73,7 @@ EXAMPLES = (
         },
     ),
     Example("softmax: full", {"kind": "softmax"}, is_quadratic=True),
+    Example("lla", {"kind": "lla"}, longest=4096),
 )
 
 
@@ -111,6 +114,7 @@ def time_mixers(sizes: Sizes) -> Section:
 def _time_lengths(example: Example, sizes: Sizes) -> dict[int, Timing]:
     mixer = example.config(sizes.num_heads).build(Place(sizes.width, 0, DEPTH))
     limit = sizes.quadratic_limit if example.is_quadratic else max(sizes.lengths)
+    limit = min(limit, example.longest or limit)
     lengths = [length for length in sizes.lengths if length <= limit]
     operations = {str(length): forward_backward(mixer, length, sizes.width) for length in lengths}
     calls = {str(length): max(1, sizes.tokens_per_sample // length) for length in lengths}
