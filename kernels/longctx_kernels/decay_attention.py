@@ -83,6 +83,12 @@ def decay_attention(
     return out.view(B, T, H, -1), final if output_final_state else None
 
 
+def by_kind(log_decay: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """A log decay as the arguments g `[B, T, H]`, g_gamma `[H]` and gk `[B, T, H, K]`."""
+    rank = 0 if log_decay is None else log_decay.ndim
+    return tuple(log_decay if rank == kind else None for kind in (3, 1, 4))
+
+
 def passes_of(backend: str):
     """The module with the passes of a backend, "torch" or "triton"."""
     if backend == "torch":

@@ -48,8 +48,8 @@ def delta_forward(operands, scale, cuts, initial_state=None, carriers: list | No
 
     `operands` are q, k, v, beta `[T, H]` and the gates. Fills `carriers` for `carry`, if given.
     """
-    q_THK, _, v_THV, _, *gates = operands
-    slabs, dtype = slabs_of(cuts, q_THK, v_THV), gates[0].dtype
+    q_THK, _, v_THV, *_ = operands
+    slabs = slabs_of(cuts, q_THK, v_THV)
     out_THV = torch.empty_like(v_THV, memory_format=torch.contiguous_format)
     rows = saved_rows(q_THK.shape[0], len(cuts) - 1, row_of(q_THK, v_THV))
     state_HZV = _no_state(operands)
@@ -66,7 +66,7 @@ def delta_forward(operands, scale, cuts, initial_state=None, carriers: list | No
             slab.store(out_THV, out.add_(read @ starts).to(out_THV.dtype))
             if carriers is not None:
                 carriers.append(Carrier(slab, i, writes.move, read - scores @ writes.w))
-    return out_THV, boundary_SHZV.to(dtype), final_NHZV
+    return out_THV, boundary_SHZV, final_NHZV
 
 
 def carry(carriers, entering, out_THV, boundary_SHZV) -> None:
@@ -150,7 +150,9 @@ def entering_gradient(dout_THV: Tensor, operands: Sequence[Tensor], scale: float
     dstate_HZV = _no_state(operands)
     for slab in reversed(slabs_of((0, k_THK.shape[0]), k_THK, v_THV)):
         q, k, v, beta, rule = _load(slab, operands, scale)
-        writes, dout = _writes(rule, k, v, beta), slab.load(dout_THV, dstate_HZV.dtype)
+        # What is written in answer to values has no part in this.
+        writes = _writes(rule, k, v[..., :0], beta)
+        dout = slab.load(dout_THV, dstate_HZV.dtype)
         dadds = (rule.read(q) - rule.scores(q, k) @ writes.w).mT @ dout
         for move, dadd in zip(reversed(writes.move), reversed(dadds)):
             dstate_HZV = torch.baddbmm(dadd, move.mT, dstate_HZV)

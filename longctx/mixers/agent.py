@@ -14,7 +14,7 @@ from longctx_kernels.running import weighted_means_reference
 from torch import Tensor, nn
 
 from longctx.errors import InputError
-from longctx.mixers.base import Mixer, Place, StateConfig, split_heads
+from longctx.mixers.base import Mixer, Place, ValueConfig, split_heads
 from longctx.sequence.expected import Expected, Share, Sizes, means_traffic
 from longctx.sequence.local import LocalView
 from longctx.sequence.running import Resumed, Runs, running_means, wide
@@ -22,13 +22,11 @@ from longctx.sequence.view import SequenceView, one_row
 
 
 @dataclass(frozen=True)
-class AgentConfig(StateConfig, kind="agent"):
+class AgentConfig(ValueConfig, kind="agent"):
     """Learned agents attend to the tokens so far, and queries to the agents."""
 
     num_agents: int = 49
     """Agents of a head."""
-    value_dim: int = 0
-    """Value size of a head; 0 means the key size."""
 
     def build(self, place: Place) -> "Agent":
         return Agent(self, place)
@@ -37,8 +35,6 @@ class AgentConfig(StateConfig, kind="agent"):
         super().check(width, where)
         if self.num_agents < 1:
             raise InputError(f"{where}.num_agents = {self.num_agents}: must be at least 1")
-        if self.value_dim < 0:
-            raise InputError(f"{where}.value_dim = {self.value_dim}: must be 0 or positive")
 
 
 class AgentParts(NamedTuple):

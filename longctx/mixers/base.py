@@ -146,6 +146,19 @@ class StateConfig(HeadsConfig):
             )
 
 
+@dataclass(frozen=True)
+class ValueConfig(StateConfig):
+    """Base of those whose values have a size of their own."""
+
+    value_dim: int = 0
+    """Value size of a head; 0 means model.width / num_heads, or head_dim if that is set."""
+
+    def check(self, width: int, where: str) -> None:
+        super().check(width, where)
+        if self.value_dim < 0:
+            raise InputError(f"{where}.value_dim = {self.value_dim}: must be 0 or positive")
+
+
 class Mixer(nn.Module, ABC):
     """A token mixer with heads; forward returns Mixed.
 

@@ -11,11 +11,12 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from longctx_kernels.decay_attention import by_kind
 from longctx_kernels.delta_attention import delta_attention, delta_attention_reference
 from torch import Tensor, nn
 
 from longctx.errors import InputError
-from longctx.mixers.base import Backend, Mixer, Place, StateConfig, split_heads
+from longctx.mixers.base import Backend, Mixer, Place, ValueConfig, split_heads
 from longctx.mixers.parts import GatedNorm, LowRank, SelectiveDecay, ShortConvolution, unit
 from longctx.sequence.expected import Expected, Gate, Share, Sizes, combined, delta_traffic
 from longctx.sequence.local import LocalView
@@ -23,13 +24,11 @@ from longctx.sequence.view import SequenceView, one_row
 
 
 @dataclass(frozen=True)
-class DeltaConfig(StateConfig):
+class DeltaConfig(ValueConfig):
     """What all delta rules have."""
 
     num_key_heads: int = 0
     """Heads of queries and keys, shared by groups of value heads; 0 means num_heads."""
-    value_dim: int = 0
-    """Value size of a head; 0 means the key size."""
     convolution: int = 4
     """Taps of the short convolution of queries, keys and values; 0 has none."""
     negative_eigenvalues: bool = False
@@ -69,8 +68,6 @@ class DeltaConfig(StateConfig):
                 f"{where}.num_key_heads = {self.num_key_heads} does not divide "
                 f"num_heads = {self.num_heads}"
             )
-        if self.value_dim < 0:
-            raise InputError(f"{where}.value_dim = {self.value_dim}: must be 0 or positive")
         if self.convolution not in (0, *range(2, 9)):
             raise InputError(f"{where}.convolution = {self.convolution}: must be 0 or 2..8 taps")
         if self.norm_eps <= 0:
@@ -201,14 +198,14 @@ class Delta(Mixer):
 
     def core_reference(self, projected: DeltaParts, view: LocalView) -> Tensor:
         q, k, v, beta = (one_row(x) for x in projected[:4])
-        g, gk = (None if x is None else one_row(x) for x in _scalar_or_diagonal(projected))
+        g, _, gk = (None if x is None else one_row(x) for x in by_kind(projected.log_decay))
         y, _ = delta_attention_reference(
             q, k, v, beta, g, gk, scale=1.0, cu_seqlens=view.cu_seqlens
         )
         return y.view_as(projected.v_BTHV)
 
     def advance(self, projected: DeltaParts, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        g, gk = _scalar_or_diagonal(projected)
+        g, _, gk = by_kind(projected.log_decay)
         return delta_attention(
             *projected[:4],
             g=g,
@@ -234,11 +231,3 @@ class Delta(Mixer):
         if self.convolve is not None:
             parts.append(self.convolve.expected_traffic(share))
         return combined(parts)
-
-
-def _scalar_or_diagonal(projected: DeltaParts) -> tuple[Tensor | None, Tensor | None]:
-    """The log decay as one of two arguments."""
-    gate = projected.log_decay
-    if gate is None or gate.ndim == 3:
-        return gate, None
-    return None, gate

@@ -13,8 +13,7 @@ import torch
 from longctx_kernels.running import weighted_means_reference
 from torch import Tensor, nn
 
-from longctx.errors import InputError
-from longctx.mixers.base import Mixer, Place, StateConfig, split_heads
+from longctx.mixers.base import Mixer, Place, ValueConfig, split_heads
 from longctx.sequence.expected import Expected, Share, Sizes, means_traffic
 from longctx.sequence.local import LocalView
 from longctx.sequence.running import Resumed, Runs, running_means, wide
@@ -22,19 +21,11 @@ from longctx.sequence.view import SequenceView, one_row
 
 
 @dataclass(frozen=True)
-class EfficientConfig(StateConfig, kind="efficient"):
+class EfficientConfig(ValueConfig, kind="efficient"):
     """Queries weigh features, and each feature keeps a softmax mean of the values."""
-
-    value_dim: int = 0
-    """Value size of a head; 0 means the key size."""
 
     def build(self, place: Place) -> "Efficient":
         return Efficient(self, place)
-
-    def check(self, width: int, where: str) -> None:
-        super().check(width, where)
-        if self.value_dim < 0:
-            raise InputError(f"{where}.value_dim = {self.value_dim}: must be 0 or positive")
 
 
 class EfficientParts(NamedTuple):

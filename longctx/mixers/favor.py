@@ -22,7 +22,7 @@ from longctx_kernels.running import running_log_sum_exp_reference, weighted_mean
 from torch import Tensor, nn
 
 from longctx.errors import InputError
-from longctx.mixers.base import Mixer, Place, StateConfig, split_heads
+from longctx.mixers.base import Mixer, Place, ValueConfig, split_heads
 from longctx.sequence.expected import Expected, Share, Sizes, means_traffic
 from longctx.sequence.local import LocalView
 from longctx.sequence.running import Resumed, Runs, wide
@@ -32,11 +32,9 @@ LOG_FLOOR = math.log(1e-4)
 
 
 @dataclass(frozen=True)
-class FavorConfig(StateConfig, kind="favor"):
+class FavorConfig(ValueConfig, kind="favor"):
     """Softmax attention approximated by positive orthogonal random features (Performer)."""
 
-    value_dim: int = 0
-    """Value size of a head; 0 means the key size."""
     num_features: int = 0
     """Random features of a head; 0 means K log K for a key size K, rounded down."""
     feature_seed: int = 0
@@ -47,7 +45,7 @@ class FavorConfig(StateConfig, kind="favor"):
 
     def check(self, width: int, where: str) -> None:
         super().check(width, where)
-        for name in ("value_dim", "num_features", "feature_seed"):
+        for name in ("num_features", "feature_seed"):
             if getattr(self, name) < 0:
                 raise InputError(f"{where}.{name} = {getattr(self, name)}: must be 0 or positive")
 

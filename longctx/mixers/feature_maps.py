@@ -6,6 +6,7 @@ least fp32. `MAPS` is the table that names are looked up in.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -26,14 +27,14 @@ class Heads(NamedTuple):
     longest: int = 0
 
 
-class FeatureMap(nn.Module):
+class FeatureMap(nn.Module, ABC):
     """Maps queries or keys `[B, T, H, K]` to `[B, T, H, size]`."""
 
     size: int
 
+    @abstractmethod
     def forward(self, x_BTHK: Tensor, positions_BT: Tensor) -> Tensor:
         """Features of tokens at these positions of their documents."""
-        raise NotImplementedError
 
 
 class Pointwise(FeatureMap):

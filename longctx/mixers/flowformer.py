@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from longctx.errors import InputError
-from longctx.mixers.base import Mixer, Place, StateConfig, split_heads
+from longctx.mixers.base import Mixer, Place, ValueConfig, split_heads
 from longctx.sequence.expected import (
     Expected,
     Share,
@@ -36,11 +36,9 @@ EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
-class FlowformerConfig(StateConfig, kind="flowformer"):
+class FlowformerConfig(ValueConfig, kind="flowformer"):
     """Linear attention whose weights are those of a flow that is conserved."""
 
-    value_dim: int = 0
-    """Value size of a head; 0 means the key size."""
     clamp: float = 1.0
     """Largest absolute value of a conserved source, whose exponential competes."""
 
@@ -49,8 +47,6 @@ class FlowformerConfig(StateConfig, kind="flowformer"):
 
     def check(self, width: int, where: str) -> None:
         super().check(width, where)
-        if self.value_dim < 0:
-            raise InputError(f"{where}.value_dim = {self.value_dim}: must be 0 or positive")
         if self.clamp <= 0:
             raise InputError(f"{where}.clamp = {self.clamp}: must be positive")
 

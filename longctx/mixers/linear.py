@@ -23,7 +23,7 @@ from longctx_kernels.launch import SIZES
 from torch import Tensor, nn
 
 from longctx.errors import InputError
-from longctx.mixers.base import Mixer, Place, RMSNorm, StateConfig, split_heads
+from longctx.mixers.base import Mixer, Place, RMSNorm, ValueConfig, split_heads
 from longctx.mixers.feature_maps import MAPS, Heads, Lrpe, wide
 from longctx.sequence.expected import Expected, Share, Sizes, combined, decay_traffic
 from longctx.sequence.local import LocalView
@@ -52,11 +52,9 @@ def log_decay(schedule: str, num_heads: int, place: Place) -> Tensor | None:
 
 
 @dataclass(frozen=True)
-class LinearConfig(StateConfig, kind="linear"):
+class LinearConfig(ValueConfig, kind="linear"):
     """Linear attention with constant decay (lightning, retention) or none."""
 
-    value_dim: int = 0
-    """Value size of a head; 0 means model.width / num_heads, or head_dim if that is set."""
     feature_map: str = "silu"
     """Map of queries and keys: identity, silu, unit, relu, elu1, sigmoid, softmax, hedgehog, t2r,
     based, rebased, dpfp, cosformer, fast."""
@@ -101,7 +99,7 @@ class LinearConfig(StateConfig, kind="linear"):
         if self.feature_map not in MAPS:
             known = ", ".join(MAPS)
             raise InputError(f"{where}.feature_map = {self.feature_map!r}: expected one of {known}")
-        for name, least in {"value_dim": 0, "feature_dim": 2, "nu": 1, "longest": 0}.items():
+        for name, least in {"feature_dim": 2, "nu": 1, "longest": 0}.items():
             if (value := getattr(self, name)) < least:
                 raise InputError(f"{where}.{name} = {value}: must be at least {least}")
         features = 2 * self.size_of_head(width)

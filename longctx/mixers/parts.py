@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from longctx_kernels.decay_attention import decay_attention, decay_attention_reference
+from longctx_kernels.decay_attention import by_kind, decay_attention, decay_attention_reference
 from longctx_kernels.norm_gate import norm_gate
 from longctx_kernels.short_convolution import short_convolution
 from torch import Tensor, nn
@@ -192,13 +192,13 @@ class DecayMixer(Mixer):
 
     def core_reference(self, projected: Any, view: LocalView) -> Tensor:
         q, k, v, log_decay = (one_row(x) for x in projected[:4])
-        g, gk = self._gates(log_decay)
+        g, _, gk = by_kind(log_decay)
         y, _ = decay_attention_reference(q, k, v, g=g, gk=gk, scale=1.0, cu_seqlens=view.cu_seqlens)
         return y.view_as(projected[2])
 
     def advance(self, projected: Any, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
         q_BTHK, k_BTHK, v_BTHV, log_decay = projected[:4]
-        g, gk = self._gates(log_decay)
+        g, _, gk = by_kind(log_decay)
         return decay_attention(
             q_BTHK,
             k_BTHK,
@@ -209,10 +209,6 @@ class DecayMixer(Mixer):
             initial_state=memory,
             output_final_state=True,
         )
-
-    def _gates(self, log_decay: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """As operators want them, scalar or diagonal."""
-        return (log_decay, None) if log_decay.ndim == 3 else (None, log_decay)
 
     def core_flops(self, contexts_M: Tensor) -> int:
         return 4 * self.num_heads * self.key_dim * self.value_dim * contexts_M.numel()

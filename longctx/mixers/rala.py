@@ -21,7 +21,7 @@ from longctx_kernels.running import weighted_means_reference
 from torch import Tensor, nn
 
 from longctx.errors import InputError
-from longctx.mixers.base import Mixer, Place, StateConfig, split_heads
+from longctx.mixers.base import Mixer, Place, ValueConfig, split_heads
 from longctx.mixers.parts import rotate
 from longctx.sequence.expected import (
     Expected,
@@ -42,11 +42,9 @@ FLOOR = 1e-6
 
 
 @dataclass(frozen=True)
-class RalaConfig(StateConfig, kind="rala"):
+class RalaConfig(ValueConfig, kind="rala"):
     """Linear attention whose keys are weighted by how well the mean query matches them."""
 
-    value_dim: int = 0
-    """Value size of a head; 0 means the key size."""
     rope_base: float = 10000.0
     """Base of the rotary frequencies of the numerator."""
 
@@ -55,8 +53,6 @@ class RalaConfig(StateConfig, kind="rala"):
 
     def check(self, width: int, where: str) -> None:
         super().check(width, where)
-        if self.value_dim < 0:
-            raise InputError(f"{where}.value_dim = {self.value_dim}: must be 0 or positive")
         if self.rope_base <= 0:
             raise InputError(f"{where}.rope_base = {self.rope_base}: must be positive")
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from longctx_kernels.decay_attention import decay_attention
+from longctx_kernels.decay_attention import by_kind, decay_attention
 from longctx_kernels.delta_attention import delta_attention
 from longctx_kernels.launch import backend_of
 from longctx_kernels.lifetime_attention import Sight
@@ -84,15 +84,16 @@ class LocalView(SequenceView):
         backend: str = "auto",
     ) -> Tensor:
         q, k, v = one_row(q_BTHK), one_row(k_BTHK), one_row(v_BTHV)
-        g = log_decay if log_decay is None or log_decay.ndim == 1 else one_row(log_decay)
-        rank = 0 if g is None else g.ndim
+        if log_decay is not None and log_decay.ndim > 1:
+            log_decay = one_row(log_decay)
+        g, g_gamma, gk = by_kind(log_decay)
         out, _ = decay_attention(
             q,
             k,
             v,
-            g=g if rank == 3 else None,
-            g_gamma=g if rank == 1 else None,
-            gk=g if rank == 4 else None,
+            g=g,
+            g_gamma=g_gamma,
+            gk=gk,
             scale=1.0,
             cu_seqlens=self.cu_seqlens,
             backend=backend,
@@ -111,14 +112,14 @@ class LocalView(SequenceView):
         backend: str = "auto",
     ) -> Tensor:
         q, k, v, beta = (one_row(x) for x in operands)
-        gate = None if log_decay is None else one_row(log_decay)
+        g, _, gk = by_kind(None if log_decay is None else one_row(log_decay))
         out, _ = delta_attention(
             q,
             k,
             v,
             beta,
-            g=gate if gate is not None and gate.ndim == 3 else None,
-            gk=gate if gate is not None and gate.ndim == 4 else None,
+            g=g,
+            gk=gk,
             momentum=None if log_momentum is None else one_row(log_momentum),
             scale=1.0,
             cu_seqlens=self.cu_seqlens,

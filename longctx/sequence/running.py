@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 import torch
-from longctx_kernels.decay_attention import decay_attention
+from longctx_kernels.decay_attention import by_kind, decay_attention
 from longctx_kernels.running import LogSumExp, running_log_sum_exp
 from torch import Tensor
 
@@ -99,14 +99,14 @@ class Resumed:
         backend: str = "auto",
     ) -> Tensor:
         """From the state before."""
-        rank = 0 if log_decay is None else log_decay.ndim
+        g, g_gamma, gk = by_kind(log_decay)
         out_BTHV, state = decay_attention(
             q_BTHK,
             k_BTHK,
             v_BTHV,
-            g=log_decay if rank == 3 else None,
-            g_gamma=log_decay if rank == 1 else None,
-            gk=log_decay if rank == 4 else None,
+            g=g,
+            g_gamma=g_gamma,
+            gk=gk,
             scale=1.0,
             initial_state=next(self._memory, None),
             output_final_state=True,

@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from longctx_kernels import delta_torch
+from longctx_kernels import decay_torch, delta_torch
 from longctx_kernels.delta_attention import delta_attention, delta_attention_reference
 
 from tests.kernels.test_decay_attention import PACKED, gate, noise
@@ -56,6 +56,16 @@ def narrowed(leaves, gates, dtype):
 @each_length
 def test_it_equals_the_definition(length, cuts, kind):
     leaves, gates = operands(length, cuts, kind=kind)
+    expected = results(delta_attention_reference, leaves, gates, cuts)
+    for name, value in results(delta_attention, leaves, gates, cuts).items():
+        assert_close(value, expected[name], "fp64", name)
+
+
+@each_kind
+def test_it_equals_the_definition_over_many_slabs(kind, monkeypatch):
+    monkeypatch.setattr(decay_torch, "SLAB_ELEMENTS", 2 * decay_torch.CHUNK * H * V)
+    cuts = [0, 7, 150, 330]
+    leaves, gates = operands(330, cuts, kind=kind)
     expected = results(delta_attention_reference, leaves, gates, cuts)
     for name, value in results(delta_attention, leaves, gates, cuts).items():
         assert_close(value, expected[name], "fp64", name)

@@ -283,7 +283,7 @@ def test_positive_maps_give_no_negative_weight(name):
         ({"feature_map": "based", "feature_dim": 1}, ["m.feature_dim = 1", "at least 2"]),
         ({"feature_map": "dpfp", "nu": 0}, ["m.nu = 0", "at least 1"]),
         ({"feature_map": "dpfp", "nu": 256}, ["m.nu = 256", "below 256"]),
-        ({"value_dim": -1}, ["m.value_dim = -1", "at least 0"]),
+        ({"value_dim": -1}, ["m.value_dim = -1", "0 or positive"]),
         ({"head_dim": -1}, ["m.head_dim = -1"]),
         ({"feature_map": "cosformer"}, ["m.longest = 0", "train.seq_len"]),
         ({"denominator": True}, ["m.denominator", "positive", "hedgehog"]),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from longctx_kernels import decay_torch
 
 from longctx.sequence.affine import GatheredPrefix
 from longctx.sequence.ledger import Ledger
@@ -25,6 +26,15 @@ def test_any_split_equals_one_process_and_sends_what_the_formula_says(prefix, ki
         assert "gradient of beta" in found
         for rank, result in enumerate(results):
             assert result.traffic == delta_ledger(kind, setting, rank), (setting, rank)
+
+
+@pytest.mark.parametrize("kind", DELTA_CASES)
+@pytest.mark.parametrize("placement", ["contiguous", "zigzag"])
+def test_an_incoming_state_passes_through_many_slabs(placement, kind, monkeypatch):
+    monkeypatch.setattr(decay_torch, "SLAB_ELEMENTS", 1)
+    setting = Setting(2, placement, length=301, documents=((0, 150, 151), (0,)))
+    found = errors(run_simulated(DELTA_CASES[kind], setting), whole_of(DELTA_CASES[kind], setting))
+    assert max(found.values()) <= LARGEST_ERROR["fp64"], found
 
 
 @pytest.mark.parametrize("kind", DELTA_CASES)
