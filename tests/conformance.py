@@ -166,7 +166,7 @@ def received(stated: tuple[str, Setting]) -> str:
     forward, backward = (
         max(
             sum(traffic.received for label, traffic in ledger.items() if label.backward is way)
-            for ledger in expected(*stated, STATED_LENGTH, 1)
+            for ledger in expected(*stated, STATED_LENGTH, ((0,),))
         )
         for way in (False, True)
     )

@@ -36,10 +36,12 @@ class Place:
 
 
 class Mixed(NamedTuple):
-    """What a mixer returns: its output, and weighted losses to add to the model's."""
+    """What a mixer returns: its output, weighted losses to add to the model's, and sums over own
+    tokens that its routers are adapted and watched by."""
 
     out: Tensor
     losses: dict[str, Tensor]
+    statistics: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -207,19 +209,32 @@ class Mixer(nn.Module, ABC):
         """Weighted losses by name, each over all tokens of the view."""
         return {}
 
+    def statistics(self, projected: Any, view: SequenceView) -> dict[str, Tensor]:
+        """Sums over own tokens, by name and without gradients, of what `adapt` needs to know."""
+        return {}
+
+    def adapt(self, sums: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
+        """After a step of training, given `statistics` summed over its `tokens` tokens on all
+        ranks: may change buffers; returns figures for the log."""
+        return {}
+
     def forward(self, x_BTD: Tensor, view: SequenceView | None = None) -> Mixed:
         """Mixes `x`; without a view every row is one document."""
         view = view or LocalView.whole(x_BTD.shape[0], x_BTD.shape[1], x_BTD.device)
         projected = self.project(x_BTD, view)
         y_BTHV = self.read(self.core(projected, view), projected)
-        return Mixed(self.output(y_BTHV), self.losses(projected, view))
+        out_BTD, losses = self.output(y_BTHV), self.losses(projected, view)
+        with torch.no_grad():
+            return Mixed(out_BTD, losses, self.statistics(projected, view))
 
     def reference(self, x_BTD: Tensor, view: LocalView | None = None) -> Mixed:
         """The same through core_reference."""
         view = view or LocalView.whole(x_BTD.shape[0], x_BTD.shape[1], x_BTD.device)
         projected = self.project(x_BTD, view)
         y_BTHV = self.read(self.core_reference(projected, view), projected)
-        return Mixed(self.output(y_BTHV), self.losses(projected, view))
+        out_BTD, losses = self.output(y_BTHV), self.losses(projected, view)
+        with torch.no_grad():
+            return Mixed(out_BTD, losses, self.statistics(projected, view))
 
     def step(self, x_BTD: Tensor, view: LocalView, memory: Any) -> tuple[Tensor, Any]:
         """Continues a sequence: output for its next tokens, and the memory after them.

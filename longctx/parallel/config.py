@@ -6,8 +6,8 @@ from typing import Literal
 
 from longctx.errors import InputError
 from longctx.mixers import MixerConfig
-from longctx.sequence.expected import refuse
 from longctx.sequence.placement import Placement, place
+from longctx.sequence.refusal import refuse
 from longctx.sequence.sharded import Transports
 
 SCAN_PAYS_FROM = 9

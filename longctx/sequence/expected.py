@@ -1,4 +1,4 @@
-"""What ranks exchange, predicted from sizes alone: calls, bytes received, and what is refused.
+"""What ranks exchange, predicted from sizes alone: calls, and bytes received.
 
 Every formula gives one rank's traffic in one forward and one backward pass, exactly as the ledger
 counts it. Exchanges within a group of one rank count as calls without bytes.
@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 from longctx.sequence.ledger import Label, Traffic
 from longctx.sequence.placement import Placement, Segment
+from longctx.sequence.plan import Documents, Plan
 from longctx.sequence.sharded import SCAN_BLOCKS, Transports
 
 Expected = dict[tuple[str, bool], Traffic]
@@ -56,6 +57,13 @@ class Share:
     rows: int
     transports: Transports
     widths: Widths
+    documents: Documents = ()
+    """Where documents start in each row; () if each row is one."""
+
+    @property
+    def plan(self) -> Plan:
+        """The batch on this rank."""
+        return Plan(self.placement, self.rank, self.documents or ((0,),) * self.rows)
 
     @property
     def _groups(self) -> tuple[tuple[int, ...], ...]:
@@ -99,7 +107,7 @@ def combined(parts: Iterable[Expected]) -> Expected:
     return total
 
 
-def _both_ways(verb: str, forward: Traffic, backward: Traffic) -> Expected:
+def both_ways(verb: str, forward: Traffic, backward: Traffic) -> Expected:
     both = {(verb, False): forward, (verb, True): backward}
     return {key: traffic for key, traffic in both.items() if traffic.calls}
 
@@ -172,7 +180,7 @@ def _traded(share: Share, inner: Sizes, gates: Gate | None) -> Expected:
     own, others = share.traded_tokens
     token = share.rows * inner.heads * gates.size * gates.width
     back = Traffic(1, own * token) if gates.has_gradient else Traffic(0, 0)
-    return combined([trade, _both_ways("heads", Traffic(1, others * token), back)])
+    return combined([trade, both_ways("heads", Traffic(1, others * token), back)])
 
 
 def prefix_traffic(share: Share, sizes: Sizes, factor: int = 0) -> Expected:
@@ -187,14 +195,14 @@ def prefix_traffic(share: Share, sizes: Sizes, factor: int = 0) -> Expected:
     if share.transports.prefix == "allgather":
         segments = (placement.ranks - 1) * max(len(own) for own in placement.segments)
         forward = segments * (state + width * factor)
-        return _both_ways("prefix", Traffic(1, forward), Traffic(1, segments * state))
+        return both_ways("prefix", Traffic(1, forward), Traffic(1, segments * state))
     owners = [rank for rank, _ in placement.order]
     borders = [(left, right) for left, right in zip(owners, owners[1:]) if left != right]
     arriving = sum(right == share.rank for _, right in borders)
     leaving = sum(left == share.rank for left, _ in borders)
     blocks = min(SCAN_BLOCKS, sizes.value_dim) if share.transports.prefix == "scan" else 1
     calls = blocks * (arriving + leaving)
-    return _both_ways("prefix", Traffic(calls, arriving * state), Traffic(calls, leaving * state))
+    return both_ways("prefix", Traffic(calls, arriving * state), Traffic(calls, leaving * state))
 
 
 def softmax_traffic(share: Share, sizes: Sizes, window: int) -> Expected:
@@ -230,7 +238,7 @@ def ring_traffic(share: Share, token: int) -> Expected:
     blocks = (total - share.own_tokens) * share.rows * token * share.widths.activation
     gradients = (total - lengths[share.rank - 1]) * share.rows * token * share.widths.state
     hops = share.placement.ranks - 1
-    return _both_ways("stream", Traffic(hops, blocks), Traffic(2 * hops, blocks + gradients))
+    return both_ways("stream", Traffic(hops, blocks), Traffic(2 * hops, blocks + gradients))
 
 
 def gather_traffic(share: Share, key_heads: int, pair: int) -> Expected:
@@ -242,7 +250,7 @@ def gather_traffic(share: Share, key_heads: int, pair: int) -> Expected:
     longest = max(share.placement.lengths)
     elements = (share.placement.ranks - 1) * share.rows * longest * key_heads * pair
     keys, gradients = elements * share.widths.activation, elements * share.widths.state
-    return _both_ways("stream", Traffic(chunks, keys), Traffic(2 * chunks, keys + gradients))
+    return both_ways("stream", Traffic(chunks, keys), Traffic(2 * chunks, keys + gradients))
 
 
 def halo_traffic(share: Share, left: int, token: int) -> Expected:
@@ -257,7 +265,7 @@ def halo_traffic(share: Share, left: int, token: int) -> Expected:
                 arriving += tokens * (rank == me)
                 leaving += tokens * (owner == me)
     size, calls = share.rows * token, int(arriving + leaving > 0)
-    return _both_ways(
+    return both_ways(
         "halo",
         Traffic(calls, arriving * size * share.widths.activation),
         Traffic(calls, leaving * size * share.widths.state),
@@ -275,7 +283,7 @@ def trade_traffic(share: Share, inward: int, outward: int) -> Expected:
     """
     own, others = share.traded_tokens
     width = share.rows * share.widths.activation
-    return _both_ways(
+    return both_ways(
         "heads",
         Traffic(4, width * (others * inward + own * outward)),
         Traffic(4, width * (own * inward + others * outward)),
@@ -287,7 +295,7 @@ def reduce_traffic(share: Share, elements: int, calls: tuple[int, int]) -> Expec
     ranks = share.placement.ranks
     each = 2 * (ranks - 1) * -(-elements // ranks) * share.widths.state
     forward, backward = (Traffic(n, n * each) for n in calls)
-    return _both_ways("reduce", forward, backward)
+    return both_ways("reduce", forward, backward)
 
 
 def gathered_rows_traffic(share: Share, token: int) -> Expected:
@@ -295,7 +303,7 @@ def gathered_rows_traffic(share: Share, token: int) -> Expected:
     longest = max(share.placement.lengths)
     elements = (share.placement.ranks - 1) * share.rows * longest * token
     forward = Traffic(1, elements * share.widths.activation)
-    return _both_ways("gather", forward, Traffic(1, elements * share.widths.state))
+    return both_ways("gather", forward, Traffic(1, elements * share.widths.state))
 
 
 def handoff_traffic(share: Share, elements: int) -> Expected:
@@ -320,29 +328,3 @@ def expected_exchange(layers: Sequence[Exchanging], share: Share) -> dict[Label,
         for number, layer in enumerate(layers)
         for (verb, backward), traffic in layer.expected_traffic(share).items()
     }
-
-
-class Refusing(Protocol):
-    """A layer's config that knows what it cannot use."""
-
-    def refusal(self, transports: Transports) -> str:
-        """Why it cannot be built for these transports; empty if it can."""
-        ...
-
-
-def refuse(config: Refusing, placement: str, transports: Transports, ranks: int) -> str:
-    """Why a layer cannot run on `ranks` ranks like this, and what would work; empty if it can."""
-    heads = transports.heads
-    if ranks % heads:
-        return f"parallel.heads = {heads} does not divide the {ranks} ranks of a sequence"
-    if placement == "mirror" and heads % 2:
-        return (
-            "parallel.placement = 'mirror' needs an even number of parallel.heads: "
-            "set heads = 2, or choose placement 'contiguous' or 'zigzag'"
-        )
-    if transports.prefix == "ulysses" and heads == 1 < ranks:
-        return (
-            "parallel.prefix = 'ulysses' needs parallel.heads > 1: set heads, "
-            "or choose prefix 'allgather', 'scan' or 'serial'"
-        )
-    return config.refusal(transports)

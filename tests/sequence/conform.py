@@ -161,7 +161,7 @@ def run(case: Case) -> Result:
 
 def _mismatch(case: Case, ledgers: list[Ledger]) -> str:
     """Where a ledger differs from its formula."""
-    predicted = expected(case.subject, case.setting, case.length, len(case.documents))
+    predicted = expected(case.subject, case.setting, case.length, case.documents)
     for rank, (ledger, wanted) in enumerate(zip(ledgers, predicted)):
         if ledger.traffic() != wanted:
             return f"rank {rank} recorded {ledger.traffic()}, the formula says {wanted}"

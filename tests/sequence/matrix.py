@@ -10,10 +10,11 @@ from longctx.mixers import Mixer, MixerConfig
 from longctx.mixers.linear import LinearConfig
 from longctx.mixers.moh import MoHConfig
 from longctx.mixers.softmax import SoftmaxConfig
-from longctx.sequence.expected import WIDTHS, Share, expected_exchange, refuse
+from longctx.sequence.expected import WIDTHS, Share, expected_exchange
 from longctx.sequence.ledger import Label, Traffic
 from longctx.sequence.placement import PLACEMENTS, Placement, place
 from longctx.sequence.plan import Documents
+from longctx.sequence.refusal import refuse
 from longctx.sequence.sharded import Transports
 from tests.mixers.examples import all_variants
 from tests.mixers.test_every_mixer import build
@@ -123,11 +124,18 @@ def _layers(subject: str, length: int) -> tuple[Mixer, ...]:
 
 
 def expected(
-    subject: str, setting: Setting, length: int, rows: int
+    subject: str, setting: Setting, length: int, documents: Documents
 ) -> tuple[dict[Label, Traffic], ...]:
     """The ledger of every rank, by formula."""
     shares = (
-        Share(rank, setting.place(length), rows, setting.transports, WIDTHS["fp64"])
+        Share(
+            rank,
+            setting.place(length),
+            len(documents),
+            setting.transports,
+            WIDTHS["fp64"],
+            documents,
+        )
         for rank in range(setting.ranks)
     )
     return tuple(expected_exchange(_layers(subject, length), share) for share in shares)
@@ -140,7 +148,7 @@ def stand_ins(subject: str) -> dict[Setting, Setting]:
     found: dict[Setting, Setting] = {}
     for setting in all_settings():
         if not setting.refusal(subjects()[subject]):
-            traffic = expected(subject, setting, STATED_LENGTH, 1)
+            traffic = expected(subject, setting, STATED_LENGTH, ((0,),))
             sent = tuple(tuple(ledger.items()) for ledger in traffic)
             same = setting.place(STATED_LENGTH), sent
             found[setting] = first.setdefault(same, setting)

@@ -18,12 +18,12 @@ from longctx.sequence.expected import (
     expected_exchange,
     prefix_traffic,
     reduce_traffic,
-    refuse,
     softmax_traffic,
 )
 from longctx.sequence.ledger import Label, Ledger, Traffic
 from longctx.sequence.placement import place
 from longctx.sequence.plan import Plan
+from longctx.sequence.refusal import refuse
 from longctx.sequence.sharded import SCAN_BLOCKS, ShardedView, Transports
 from longctx.sequence.simulator import run_ranks
 from tests.mixers.examples import WIDTH
@@ -53,7 +53,7 @@ def ledgers(config: MixerConfig, setting: Setting, length: int, precision: str =
         torch.autograd.grad(total, [x_BTD, *mixer.parameters()])
         return ledger.traffic()
 
-    share = (placement, len(DOCUMENTS), setting.transports, WIDTHS[precision])
+    share = (placement, len(DOCUMENTS), setting.transports, WIDTHS[precision], DOCUMENTS)
     predicted = [expected_exchange([mixer], Share(rank, *share)) for rank in range(setting.ranks)]
     return run_ranks(setting.ranks, work), predicted
 

@@ -1,0 +1,128 @@
+"""What attention layers share: projections of queries, keys and values, positions, output gate."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from longctx.errors import InputError
+from longctx.mixers.base import Backend, HeadsConfig, Mixer, Place, RMSNorm, split_heads
+from longctx.mixers.parts import rotate
+from longctx.sequence.expected import Sizes
+from longctx.sequence.local import LocalView
+from longctx.sequence.sharded import Transports
+from longctx.sequence.view import SequenceView
+
+
+@dataclass(frozen=True)
+class AttentionConfig(HeadsConfig):
+    """Base of attention with queries, keys and values of its own."""
+
+    num_kv_heads: int = 0
+    """Key and value heads, shared by groups of query heads; 0 means num_heads."""
+    rope_base: float = 10000.0
+    """Base of the rotary frequencies."""
+    rope_fraction: float = 1.0
+    """Share of each head that is rotated; 0 uses no positions (NoPE)."""
+    qk_norm: bool = True
+    """RMSNorm of queries and keys per head."""
+    gate: Literal["none", "sigmoid"] = "none"
+    """Activation of the output gate."""
+
+    def on(self, backend: Backend) -> "AttentionConfig":
+        # fla's softmax attention is not among its operators for which there is a use here.
+        return super().on("auto" if backend == "fla" else backend)
+
+    @property
+    def key_heads(self) -> int:
+        """Key and value heads."""
+        return self.num_kv_heads or self.num_heads
+
+    def check(self, width: int, where: str) -> None:
+        super().check(width, where)
+        if self.num_kv_heads < 0 or self.num_heads % (self.num_kv_heads or 1):
+            raise InputError(
+                f"{where}.num_kv_heads = {self.num_kv_heads} does not divide "
+                f"num_heads = {self.num_heads}"
+            )
+        if self.backend == "fla":
+            raise InputError(f"{where}.backend = 'fla': is for linear layers; leave it out")
+        if not 0 <= self.rope_fraction <= 1:
+            raise InputError(f"{where}.rope_fraction = {self.rope_fraction}: must be in 0..1")
+        if self.rope_base <= 0:
+            raise InputError(f"{where}.rope_base = {self.rope_base}: must be positive")
+
+    def check_positive(self, where: str, *names: str) -> None:
+        """Raises InputError unless these fields are at least 1."""
+        for name in names:
+            if getattr(self, name) < 1:
+                raise InputError(f"{where}.{name} = {getattr(self, name)}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class SparseConfig(AttentionConfig):
+    """Base of attention whose exchange is its own: it takes no part in Ulysses groups."""
+
+    def refusal(self, transports: Transports) -> str:
+        return ""
+
+
+class AttentionParts(NamedTuple):
+    """Rotated queries and keys, values, and the raw output gate."""
+
+    q_BTHK: Tensor
+    k_BTJK: Tensor
+    v_BTJV: Tensor
+    gate_BTHV: Tensor | None
+
+
+class Attention(Mixer):
+    """Everything but the core, its traffic and its FLOPs."""
+
+    def __init__(self, config: AttentionConfig, place: Place):
+        super().__init__()
+        self.config, self.num_heads = config, config.num_heads
+        H, K, J = config.num_heads, config.size_of_head(place.width), config.key_heads
+        self.num_kv_heads, self.size = J, K
+        self.query = nn.Linear(place.width, H * K, bias=False)
+        self.key = nn.Linear(place.width, J * K, bias=False)
+        self.value = nn.Linear(place.width, J * K, bias=False)
+        self.query_norm = RMSNorm(K) if config.qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(K) if config.qk_norm else nn.Identity()
+        self.gate = nn.Linear(place.width, H * K, bias=False) if config.gate != "none" else None
+        self.project_out = nn.Linear(H * K, place.width, bias=False)
+
+    @property
+    def sizes(self) -> Sizes:
+        """Heads and sizes, for formulas of traffic."""
+        return Sizes(self.num_heads, self.num_kv_heads, self.size, self.size)
+
+    def project(self, x_BTD: Tensor, view: SequenceView) -> Any:
+        return self.attention_parts(x_BTD, view)
+
+    def attention_parts(self, x_BTD: Tensor, view: SequenceView) -> AttentionParts:
+        """Queries, keys, values and gate of these tokens."""
+        q_BTHK = self.query_norm(split_heads(self.query(x_BTD), self.num_heads))
+        k_BTJK = self.key_norm(split_heads(self.key(x_BTD), self.num_kv_heads))
+        v_BTJV = split_heads(self.value(x_BTD), self.num_kv_heads)
+        q_BTHK, k_BTJK = self._rotate(q_BTHK, view), self._rotate(k_BTJK, view)
+        gate = None if self.gate is None else split_heads(self.gate(x_BTD), self.num_heads)
+        return AttentionParts(q_BTHK.type_as(v_BTJV), k_BTJK.type_as(v_BTJV), v_BTJV, gate)
+
+    def _rotate(self, x_BTHK: Tensor, view: SequenceView) -> Tensor:
+        config = self.config
+        return rotate(x_BTHK, view.positions_BT, config.rope_base, config.rope_fraction)
+
+    def read(self, y_BTHV: Tensor, projected: Any) -> Tensor:
+        gate = projected.gate_BTHV
+        return y_BTHV if gate is None else y_BTHV * gate.sigmoid()
+
+    def output(self, y_BTHV: Tensor) -> Tensor:
+        return self.project_out(y_BTHV.flatten(2))
+
+    @abstractmethod
+    def core(self, projected: Any, view: SequenceView) -> Tensor: ...
+
+    @abstractmethod
+    def core_reference(self, projected: Any, view: LocalView) -> Tensor: ...
