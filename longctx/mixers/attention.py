@@ -4,6 +4,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from longctx.errors import InputError
@@ -126,3 +127,24 @@ class Attention(Mixer):
 
     @abstractmethod
     def core_reference(self, projected: Any, view: LocalView) -> Tensor: ...
+
+
+def masked_attention(
+    q_BTHK: Tensor, k_BUJK: Tensor, v_BUJV: Tensor, seen_HTU: Tensor, scale: float | None = None
+) -> Tensor:
+    """Softmax attention over what is seen, `[..., H or J or 1, T, U]`; zeros where nothing is.
+
+    Everything is laid out: for few queries, and for definitions.
+    """
+    H, K = q_BTHK.shape[2:]
+    k_BUHK, v_BUHV = (x.repeat_interleave(H // x.shape[2], 2) for x in (k_BUJK, v_BUJV))
+    if seen_HTU.shape[-3] > 1:
+        seen_HTU = seen_HTU.repeat_interleave(H // seen_HTU.shape[-3], -3)
+    wide = torch.promote_types(q_BTHK.dtype, torch.float32)
+    scores_BHTU = q_BTHK.to(wide).transpose(1, 2) @ k_BUHK.to(wide).permute(0, 2, 3, 1)
+    scores_BHTU = scores_BHTU * (K**-0.5 if scale is None else scale)
+    sees_HT1 = seen_HTU.any(-1, keepdim=True)
+    scores_BHTU = scores_BHTU.masked_fill(~seen_HTU & sees_HT1, -torch.inf)
+    weights_BHTU = scores_BHTU.softmax(-1) * sees_HT1
+    y_BTHV = (weights_BHTU @ v_BUHV.to(wide).transpose(1, 2)).transpose(1, 2)
+    return y_BTHV.to(v_BUJV.dtype)

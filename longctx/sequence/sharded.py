@@ -128,7 +128,7 @@ class ShardedView(SequenceView):
     @torch.compiler.disable
     def running_log_sum_exp(self, x_BTR: Tensor) -> LogSumExp:
         rows_MR = x_BTR.reshape(x_BTR.shape[0] * x_BTR.shape[1], -1)
-        sums = sharded_log_sum_exp(rows_MR, self._wire("prefix"))
+        sums = sharded_log_sum_exp(rows_MR, self.wire("prefix"))
         return LogSumExp(*(y.view(x_BTR.shape) for y in sums))
 
     @torch.compiler.disable

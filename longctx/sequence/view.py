@@ -98,7 +98,7 @@ class SequenceView(ABC):
         AFFINE elements are (added `[S, B, H, K, V]`, log decay `[S, B, H, K or 1, 1]`),
         DENSE_AFFINE ones (added, matrix `[S, B, H, K, K]`).
         """
-        wire = self._wire("prefix")
+        wire = self.wire("prefix")
         if monoid not in (AFFINE, DENSE_AFFINE):
             return prefix(elements, monoid, wire, rightwards)
         added, factors = elements[0], elements[1].exp() if monoid is AFFINE else elements[1]
@@ -108,17 +108,17 @@ class SequenceView(ABC):
     @torch.compiler.disable
     def stream(self, x_BT: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(rank, its tokens) of every rank, own ones first; `plan.pieces_of` says what they are."""
-        return stream(x_BT, self._wire("stream"), self._stream_transport)
+        return stream(x_BT, self.wire("stream"), self._stream_transport)
 
     @torch.compiler.disable
     def gather(self, x_BT: Tensor) -> Tensor:
         """All tokens of every row, `[B, G, ...]`."""
-        return Gather.apply(x_BT, self._wire("gather"))
+        return Gather.apply(x_BT, self.wire("gather"))
 
     @torch.compiler.disable
     def halo(self, x_BT: Tensor, left: int, right: int = 0) -> list[Tensor]:
         """Each segment with `left` and `right` neighbours, zeros where the sequence has none."""
-        wire, plan = self._wire("halo"), self.plan.once(HaloPlan, left, right)
+        wire, plan = self.wire("halo"), self.plan.once(HaloPlan, left, right)
         flat = Halo.apply(x_BT.flatten(0, 1), plan, wire.communicator, wire.label)
         sizes = [left + segment.length + right for segment in self.plan.segments]
         return list(flat.unflatten(0, (self.plan.rows, -1)).split(sizes, 1))
@@ -126,12 +126,12 @@ class SequenceView(ABC):
     @torch.compiler.disable
     def top_k(self, score_BT: Tensor, count: int) -> Tensor:
         """Positions of the best scores of each whole row, rising; earlier ones win ties."""
-        return top_k(score_BT, count, self._wire("top_k"))
+        return top_k(score_BT, count, self.wire("top_k"))
 
     @torch.compiler.disable
     def reduce(self, x: Tensor) -> Tensor:
         """Sum over ranks, on every rank."""
-        wire = self._wire("reduce")
+        wire = self.wire("reduce")
         return Reduce.apply(x, wire.communicator, wire.label)
 
     @torch.compiler.disable
@@ -139,7 +139,7 @@ class SequenceView(ABC):
         self, initial: Tensor, work: Callable[[Tensor, int], tuple[Tensor, Tensor]]
     ) -> list[Tensor]:
         """Segment after segment, `work(state, own index)` gives (output, next state)."""
-        return handoff(initial, work, self._wire("handoff"))
+        return handoff(initial, work, self.wire("handoff"))
 
     def reduce_mean(self, x_BTE: Tensor) -> Tensor:
         """Mean over all tokens of all sequences, on whichever rank they lie, in at least fp32."""
@@ -147,7 +147,7 @@ class SequenceView(ABC):
         total = self.reduce(x_BTE.to(wide).sum((0, 1)))
         return total / (self.plan.rows * self.plan.placement.length)
 
-    def _wire(self, verb: str) -> Wire:
+    def wire(self, verb: str) -> Wire:
         return Wire(self.plan, self._group, Label(self.layer, verb))
 
     _group: Communicator

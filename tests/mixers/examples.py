@@ -17,8 +17,12 @@ from longctx.mixers.linear import LinearConfig
 from longctx.mixers.lla import LLAConfig
 from longctx.mixers.mamba2 import Mamba2Config
 from longctx.mixers.moh import MoHConfig
+from longctx.mixers.neighbourhood import NeighbourhoodConfig
+from longctx.mixers.power import PowerConfig
 from longctx.mixers.rala import RalaConfig
+from longctx.mixers.s2 import S2Config
 from longctx.mixers.softmax import SoftmaxConfig
+from longctx.mixers.sparse_transformer import FixedConfig, StridedConfig
 from longctx.mixers.titans import TitansConfig
 
 WIDTH = 16
@@ -124,6 +128,19 @@ VARIANTS: dict[str, dict[str, MixerConfig]] = {
         "default": LLAConfig(num_heads=2, head_dim=3),
         "sharp": LLAConfig(num_heads=1, head_dim=2, ridge=0.5, rope_fraction=0.0, qk_norm=False),
     },
+    "s2": {
+        "grouped": S2Config(num_heads=4, num_kv_heads=2, block=4, local_blocks=2, stride=2),
+        "dense-head": S2Config(
+            num_heads=3, head_dim=4, block=3, local_blocks=1, stride=4, dense_heads=1
+        ),
+    },
+    "fixed": {
+        "same": FixedConfig(num_heads=2, block=8, columns=2, gate="sigmoid"),
+        "verticals": FixedConfig(num_heads=2, block=8, columns=2, verticals=2),
+    },
+    "neighbourhood": {"default": NeighbourhoodConfig(num_heads=2, window=11, stride=4)},
+    "power": {"default": PowerConfig(num_heads=4, num_kv_heads=1, block=16, window_blocks=1)},
+    "strided": {"default": StridedConfig(num_heads=2, block=16, local_blocks=1, stride=2)},
     "moh": {
         "softmax": MoHConfig(
             inner=SoftmaxConfig(num_heads=4, num_kv_heads=2), shared_heads=1, active_heads=2

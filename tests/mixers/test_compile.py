@@ -34,9 +34,10 @@ def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool
 
 
 def is_one_graph(config: MixerConfig) -> bool:
-    """Whether a mixer promises one graph: a memory that is handed over is a loop over runs of
-    documents, which the host lays out for each batch; a compiler leaves it out."""
-    return "handoff" not in config.verbs()
+    """Whether a mixer promises one graph. A memory that is handed over, and keys that are laid out
+    by a policy or a selection, follow what the host lays out for each batch; a compiler leaves
+    them out."""
+    return not {"handoff", "fetch"} & config.verbs()
 
 
 @variants

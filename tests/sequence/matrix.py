@@ -106,10 +106,11 @@ def transport_of(subject: str, setting: Setting) -> str:
         words.append(f"prefix {transports.prefix}")
     if "stream" in verbs:
         words.append(f"stream {transports.stream}")
-    words += [verb for verb in ("gather", "handoff") if verb in verbs]
+    words += [verb for verb in ("gather", "handoff", "fetch") if verb in verbs]
     if "halo" in verbs and not verbs & {"prefix", "handoff"}:
         words.append("halo")
-    if transports.heads > 1 and ("stream" in verbs or any(map(_has_window, layers))):
+    by_heads = "stream" in verbs or any(map(_has_window, layers))
+    if transports.heads > 1 and by_heads and "fetch" not in verbs:
         words.append("heads")
     return " + ".join(words)
 

@@ -1,0 +1,115 @@
+"""Attention by a policy of positions: what S2, Sparse Transformers, PowerAttention and the like are
+but for the policy itself."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from longctx.mixers.attention import (
+    Attention,
+    AttentionConfig,
+    AttentionParts,
+    SparseConfig,
+    masked_attention,
+)
+from longctx.mixers.base import Place
+from longctx.sequence.expected import Expected, Share
+from longctx.sequence.local import LocalView
+from longctx.sequence.patterned import patterned_attention, patterned_traffic
+from longctx.sequence.policy import Lifetime, Policy
+from longctx.sequence.view import SequenceView
+
+
+@dataclass(frozen=True)
+class PatternedConfig(SparseConfig):
+    """Base of them: a subclass says which policy its fields mean."""
+
+    @abstractmethod
+    def policy(self) -> Policy:
+        """Who sees whom."""
+
+    def build(self, place: Place) -> "Patterned":
+        return Patterned(self, place)
+
+    def verbs(self) -> frozenset[str]:
+        return frozenset({"fetch"})
+
+
+class Remembered(NamedTuple):
+    """Keys and values that tokens to come may see, their positions, and how many tokens were."""
+
+    k_BUJK: Tensor
+    v_BUJV: Tensor
+    position_U: Tensor
+    tokens: int
+
+
+class Patterned(Attention):
+    """See the module's docstring."""
+
+    config: AttentionConfig
+
+    def __init__(self, config: PatternedConfig, place: Place):
+        super().__init__(config, place)
+        self.policy = config.policy()
+
+    def core(self, projected: AttentionParts, view: SequenceView) -> Tensor:
+        backend = self.config.computes_with
+        return patterned_attention(view, projected[:3], self.policy, backend=backend)[0]
+
+    def core_reference(self, projected: AttentionParts, view: LocalView) -> Tensor:
+        q_MHK, k_MJK, v_MJV, _ = (None if x is None else x.flatten(0, 1) for x in projected)
+        cuts, rows = view.cu_seqlens.tolist(), []
+        for start, stop in zip(cuts, cuts[1:]):
+            for query in range(start, stop):
+                keys = torch.arange(query + 1 - start)
+                seen_NU = self.policy.sees(torch.tensor(query - start), keys)
+                rows.append(self._row(q_MHK[query], k_MJK, v_MJV, seen_NU, start))
+        return torch.stack(rows).view(projected.q_BTHK.shape[:3] + v_MJV.shape[-1:])
+
+    def _row(self, q_HK: Any, k_MJK: Any, v_MJV: Any, seen_NU: Tensor, start: int) -> Tensor:
+        """Output of a query, pattern by pattern."""
+        outs, group = [], self.num_heads // self.num_kv_heads
+        patterns = len(seen_NU)
+        for n, q_hK in enumerate(q_HK.chunk(patterns)):
+            seen = seen_NU[n].nonzero()[:, 0] + start
+            k_hUK, v_hUV = (
+                x[seen].chunk(patterns, 1)[n].repeat_interleave(group, 1).transpose(0, 1)
+                for x in (k_MJK, v_MJV)
+            )
+            scores_h1U = q_hK[:, None] @ k_hUK.mT * self.size**-0.5
+            outs.append((scores_h1U.softmax(-1) @ v_hUV)[:, 0])
+        return torch.cat(outs)
+
+    def advance(
+        self, projected: AttentionParts, memory: Remembered | None
+    ) -> tuple[Tensor, Remembered]:
+        q_BTHK, k_BUJK, v_BUJV, _ = projected
+        before, (rows, tokens) = memory.tokens if memory else 0, q_BTHK.shape[:2]
+        position_U = torch.arange(before, before + tokens)
+        if memory is None:
+            view = LocalView.whole(rows, tokens, q_BTHK.device)
+            y_BTHV = self.core(projected, view)
+        else:
+            queries_T = position_U
+            k_BUJK, v_BUJV = torch.cat((memory[0], k_BUJK), 1), torch.cat((memory[1], v_BUJV), 1)
+            position_U = torch.cat((memory.position_U, position_U))
+            seen = self.policy.sees(queries_T[:, None], position_U[None])
+            y_BTHV = masked_attention(q_BTHK, k_BUJK, v_BUJV, seen.to(q_BTHK.device))
+        total = before + tokens
+        if isinstance(self.policy, Lifetime):
+            kept = (self.policy.expiry(position_U) > total).any(0)
+            position_U, kept = position_U[kept], kept.to(k_BUJK.device)
+            k_BUJK, v_BUJV = k_BUJK[:, kept], v_BUJV[:, kept]
+        return y_BTHV, Remembered(k_BUJK, v_BUJV, position_U, total)
+
+    def core_flops(self, contexts_M: Tensor) -> int:
+        counts_NT = self.policy.counts(int(contexts_M.max()))
+        pairs = int(counts_NT.to(contexts_M.device)[:, contexts_M - 1].sum())
+        return 4 * self.size * self.num_heads // self.policy.patterns * pairs
+
+    def expected_traffic(self, share: Share) -> Expected:
+        return patterned_traffic(share, self.sizes, self.policy)
