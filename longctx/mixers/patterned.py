@@ -61,7 +61,7 @@ class Patterned(Attention):
         return patterned_attention(view, projected[:3], self.policy, backend=backend)[0]
 
     def core_reference(self, projected: AttentionParts, view: LocalView) -> Tensor:
-        q_MHK, k_MJK, v_MJV, _ = (None if x is None else x.flatten(0, 1) for x in projected)
+        q_MHK, k_MJK, v_MJV = (x.flatten(0, 1) for x in projected[:3])
         cuts, rows = view.cu_seqlens.tolist(), []
         for start, stop in zip(cuts, cuts[1:]):
             for query in range(start, stop):

@@ -253,15 +253,18 @@ def gather_traffic(share: Share, key_heads: int, pair: int) -> Expected:
     return both_ways("stream", Traffic(chunks, keys), Traffic(2 * chunks, keys + gradients))
 
 
-def halo_traffic(share: Share, left: int, token: int) -> Expected:
-    """The `left` tokens before each segment, of this many elements; their gradients go home."""
+def halo_traffic(share: Share, left: int, token: int, right: int = 0) -> Expected:
+    """The tokens beside each segment, of this many elements; their gradients go home."""
     placement, me = share.placement, share.rank
     arriving = leaving = 0
     for rank, own in enumerate(placement.segments):
         for segment in own:
-            wanted = Segment(max(0, segment.start - left), segment.start)
+            before = Segment(max(0, segment.start - left), segment.start)
+            after = Segment(segment.stop, segment.stop + right)
             for owner, held in enumerate(placement.segments):
-                tokens = sum(_overlap(wanted, other) for other in held) if owner != rank else 0
+                if owner == rank:
+                    continue
+                tokens = sum(_overlap(before, other) + _overlap(after, other) for other in held)
                 arriving += tokens * (rank == me)
                 leaving += tokens * (owner == me)
     size, calls = share.rows * token, int(arriving + leaving > 0)

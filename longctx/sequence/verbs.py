@@ -137,7 +137,7 @@ def prefix(
     Elements of all segments are gathered; states have AffinePrefix, whose gradient is cheaper.
     """
     plan = wire.plan
-    gathered = [_gather_segments(x, wire) for x in elements]
+    gathered = [gather_segments(x, wire) for x in elements]
     order = plan.placement.order
     passes = kept(plan, [plan.placement.segments[r][i] for r, i in order], elements[0]) > 0
     linked = links(plan, elements[0])[..., 0, 0, 0] > 0
@@ -164,7 +164,7 @@ def _choose(yes_B: Tensor, left: Sequence[Tensor], right: Sequence[Tensor]) -> t
     )
 
 
-def _gather_segments(x_SB: Tensor, wire: Wire) -> Tensor:
+def gather_segments(x_SB: Tensor, wire: Wire) -> Tensor:
     """Elements of all segments in order of positions."""
     counts = tuple(len(own) for own in wire.plan.placement.segments)
     return _GatherParts.apply(x_SB, counts, wire)[
@@ -181,9 +181,10 @@ class _GatherParts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Any:
-        parts = dout.split(ctx.counts)
+        parts = dout.to(torch.promote_types(dout.dtype, torch.float32)).split(ctx.counts)
         label = ctx.wire.label.reversed()
-        return ctx.wire.communicator.reduce_scatter(parts, label).wait()[0], None, None
+        own = ctx.wire.communicator.reduce_scatter(parts, label).wait()[0]
+        return own.to(dout.dtype), None, None
 
 
 def _join_log_sum_exp(left: Any, right: Any) -> Any:

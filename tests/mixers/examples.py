@@ -8,6 +8,7 @@ from longctx.mixers.aaren import AarenConfig
 from longctx.mixers.agent import AgentConfig
 from longctx.mixers.deep_titans import DeepTitansConfig
 from longctx.mixers.delta import DeltaNetConfig, GDNConfig, KDAConfig
+from longctx.mixers.dma import DMAConfig
 from longctx.mixers.efficient import EfficientConfig
 from longctx.mixers.favor import FavorConfig
 from longctx.mixers.flowformer import FlowformerConfig
@@ -15,12 +16,15 @@ from longctx.mixers.gla import GLAConfig
 from longctx.mixers.hgrn2 import HGRN2Config
 from longctx.mixers.linear import LinearConfig
 from longctx.mixers.lla import LLAConfig
+from longctx.mixers.lte import LTEConfig
 from longctx.mixers.mamba2 import Mamba2Config
 from longctx.mixers.moh import MoHConfig
+from longctx.mixers.nats import NATSConfig
 from longctx.mixers.neighbourhood import NeighbourhoodConfig
 from longctx.mixers.power import PowerConfig
 from longctx.mixers.rala import RalaConfig
 from longctx.mixers.s2 import S2Config
+from longctx.mixers.scored import ScoredConfig
 from longctx.mixers.softmax import SoftmaxConfig
 from longctx.mixers.sparse_transformer import FixedConfig, StridedConfig
 from longctx.mixers.titans import TitansConfig
@@ -139,14 +143,44 @@ VARIANTS: dict[str, dict[str, MixerConfig]] = {
         "verticals": FixedConfig(num_heads=2, block=8, columns=2, verticals=2),
     },
     "neighbourhood": {"default": NeighbourhoodConfig(num_heads=2, window=11, stride=4)},
+    "dma": {
+        "default": DMAConfig(num_heads=4, num_kv_heads=2, capacity=7, window=3),
+        "one-key": DMAConfig(num_heads=2, head_dim=3, capacity=1, window=1),
+    },
+    "lte": {"default": LTEConfig(num_heads=4, num_kv_heads=2, capacity=6, window=9, sinks=2)},
+    "nats": {"default": NATSConfig(num_heads=4, num_kv_heads=2, window=5)},
     "power": {"default": PowerConfig(num_heads=4, num_kv_heads=1, block=16, window_blocks=1)},
     "strided": {"default": StridedConfig(num_heads=2, block=16, local_blocks=1, stride=2)},
+    "scored": {
+        "sigmoid": ScoredConfig(num_heads=2, normaliser="sigmoid", window=11, sinks=2),
+        "sigmoid-slopes": ScoredConfig(
+            num_heads=4,
+            num_kv_heads=2,
+            normaliser="sigmoid",
+            sigmoid_length=32,
+            bias="alibi",
+            rope_fraction=0.0,
+        ),
+        # So many heads that some have a weight for every token.
+        "relu": ScoredConfig(num_heads=8, head_dim=2, normaliser="relu", gate="sigmoid"),
+        "softplus": ScoredConfig(num_heads=2, normaliser="softplus", qk_norm=False),
+        # Its weights jump where a score changes its sign: large scores are rarely close to that.
+        "signed": ScoredConfig(num_heads=1, normaliser="signed", qk_norm=False, window=20),
+        "forget": ScoredConfig(num_heads=4, num_kv_heads=2, bias="forget", rope_fraction=0.0),
+        "ssa": ScoredConfig(num_heads=2, temperature="ssa", sink=True, window=9),
+        "shared-heads": ScoredConfig(num_heads=4, num_kv_heads=2, heads="shared", bias="alibi"),
+    },
     "moh": {
         "softmax": MoHConfig(
             inner=SoftmaxConfig(num_heads=4, num_kv_heads=2), shared_heads=1, active_heads=2
         ),
         "two-shared": MoHConfig(inner=SoftmaxConfig(num_heads=4), shared_heads=2, active_heads=1),
         "linear": MoHConfig(inner=LinearConfig(num_heads=4), shared_heads=0, active_heads=3),
+        "routed": MoHConfig(
+            inner=SoftmaxConfig(num_heads=4, num_kv_heads=2, qk_norm=False),
+            router="query-norm",
+            compute="routed",
+        ),
     },
 }
 

@@ -37,7 +37,7 @@ def is_one_graph(config: MixerConfig) -> bool:
     """Whether a mixer promises one graph. A memory that is handed over, and keys that are laid out
     by a policy or a selection, follow what the host lays out for each batch; a compiler leaves
     them out."""
-    return not {"handoff", "fetch"} & config.verbs()
+    return not {"handoff", "fetch", "means", "select"} & config.verbs()
 
 
 @variants
