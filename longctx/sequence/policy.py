@@ -43,6 +43,7 @@ class Lifetime(Policy):
         """The first position from which a key is not seen, `[patterns, ...]`."""
 
     def sees(self, query: Tensor, key: Tensor) -> Tensor:
+        query, key = torch.broadcast_tensors(query, key)
         return (key <= query) & (query < self.expiry(key))
 
     def wanted(self, start: int, stop: int) -> Tensor:
