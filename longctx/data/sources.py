@@ -36,13 +36,14 @@ class DataConfig:
     document_reset: bool = True
     """State, attention and positions restart at each document; false treats a packed sequence as
     one document."""
-    task: Literal["", "mqar", "selective_copying"] = ""
-    """Generate sequences instead of reading text: mqar asks for values of keys, selective_copying
-    for letters between noise. Each sequence is one document; only answers count in the loss."""
+    task: Literal["", "mqar", "needle", "selective_copying"] = ""
+    """Generate sequences instead of reading text: mqar asks for values of keys told first, needle
+    at the end for values of keys hidden anywhere, selective_copying for letters between noise. Each
+    sequence is one document; only answers count in the loss."""
     pairs: int = 8
-    """Keys, with a value each, that a sequence of mqar tells first."""
+    """Keys, with a value each, that a sequence of mqar or needle tells."""
     answers: int = 8
-    """Answers that a sequence of a task asks for: different keys of mqar, or letters to copy."""
+    """Answers that a sequence of a task asks for: different keys, or letters to copy."""
     vocabulary: int = 64
     """Different tokens of a task: half keys and half values, or noise, marker and letters."""
 
@@ -63,23 +64,25 @@ class DataConfig:
             )
         if answers < 1:
             raise InputError(f"data.answers = {answers}: must be at least 1")
-        if task == "mqar" and answers > pairs:
+        has_keys = task in ("mqar", "needle")
+        if has_keys and answers > pairs:
             raise InputError(
                 f"data.answers = {answers} asks for more keys than data.pairs = {pairs}; "
                 "lower answers or raise pairs"
             )
-        least = 2 * pairs + 2 if task == "mqar" else 4
+        least = 2 * pairs + 2 if has_keys else 4
         if self.vocabulary < least:
             raise InputError(
                 f"data.vocabulary = {self.vocabulary}: {task} needs at least {least}"
-                + (f" for data.pairs = {pairs}" if task == "mqar" else "")
+                + (f" for data.pairs = {pairs}" if has_keys else "")
             )
 
     def check_length(self, seq_len: int) -> None:
         """Raises InputError if sequences are too short for the task."""
-        told = 2 * self.pairs if self.task == "mqar" else self.answers
+        is_copying = self.task == "selective_copying"
+        told = self.answers if is_copying else 2 * self.pairs
         if self.task and told + self.answers > seq_len:
-            pairs = f"data.pairs = {self.pairs} and " if self.task == "mqar" else ""
+            pairs = "" if is_copying else f"data.pairs = {self.pairs} and "
             raise InputError(
                 f"train.seq_len = {seq_len} is too short for {pairs}data.answers = "
                 f"{self.answers}: {self.task} needs {told + self.answers} tokens"

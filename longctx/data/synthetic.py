@@ -5,6 +5,9 @@ queries, which are some of these keys, in random places. At a query the label is
 which is not shown again. Ours: places are uniform, and no token between them is a key or value of
 the sequence, so every answer is unambiguous.
 
+`needle` hides the pairs of a key and its value anywhere in a long sequence, and asks for values at
+its end.
+
 `selective_copying` (Mamba, arXiv 2312.00752): letters in random places among noise, then as many
 markers; at each marker the label is the next letter.
 """
@@ -67,6 +70,23 @@ def _mqar(config: DataConfig, seq_len: int, draws: Draws) -> tuple[Integers, Int
     return tokens, labels
 
 
+def _needle(config: DataConfig, seq_len: int, draws: Draws) -> tuple[Integers, Integers]:
+    tokens, labels = _mqar(config, seq_len, draws)
+    told, shown = 2 * config.pairs, seq_len - config.answers
+    asked = labels != IGNORE
+    others = tokens[told:][~asked[told:]]
+    # Pairs lie in the slots of a sequence in which each takes up one.
+    starts = np.sort(draws.choose(shown - config.pairs, config.pairs)) + np.arange(config.pairs)
+    is_told = np.zeros(seq_len, dtype=bool)
+    is_told[starts] = is_told[starts + 1] = True
+    hidden, answers = np.empty_like(tokens), np.full(seq_len, IGNORE)
+    hidden[is_told] = tokens[:told]
+    hidden[shown:], answers[shown:] = tokens[asked], labels[asked]
+    is_told[shown:] = True
+    hidden[~is_told] = others
+    return hidden, answers
+
+
 def _selective_copying(config: DataConfig, seq_len: int, draws: Draws) -> tuple[Integers, Integers]:
     letters = NUM_SIGNS + draws.below(config.vocabulary - NUM_SIGNS, config.answers)
     shown = seq_len - config.answers
@@ -78,6 +98,7 @@ def _selective_copying(config: DataConfig, seq_len: int, draws: Draws) -> tuple[
 
 TASKS: dict[str, Callable[[DataConfig, int, Draws], tuple[Integers, Integers]]] = {
     "mqar": _mqar,
+    "needle": _needle,
     "selective_copying": _selective_copying,
 }
 
@@ -133,4 +154,5 @@ class GeneratedStream:
 def answer_entropy(config: DataConfig) -> float:
     """Entropy in nats of the answers, which are uniform: the loss of guessing without looking."""
     possible = config.vocabulary - config.vocabulary // 2
-    return math.log(possible if config.task == "mqar" else config.vocabulary - NUM_SIGNS)
+    has_keys = config.task in ("mqar", "needle")
+    return math.log(possible if has_keys else config.vocabulary - NUM_SIGNS)

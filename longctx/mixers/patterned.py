@@ -38,12 +38,18 @@ class PatternedConfig(SparseConfig):
         return frozenset({"fetch"})
 
 
-class Remembered(NamedTuple):
-    """Keys and values that tokens to come may see, their positions, and how many tokens were."""
+class Kept(NamedTuple):
+    """Keys and values of a pattern that tokens to come may see, and their positions."""
 
     k_BUJK: Tensor
     v_BUJV: Tensor
     position_U: Tensor
+
+
+class Remembered(NamedTuple):
+    """What is kept for each pattern, and how many tokens there were."""
+
+    kept: tuple[Kept, ...]
     tokens: int
 
 
@@ -87,24 +93,38 @@ class Patterned(Attention):
     def advance(
         self, projected: AttentionParts, memory: Remembered | None
     ) -> tuple[Tensor, Remembered]:
-        q_BTHK, k_BUJK, v_BUJV, _ = projected
+        q_BTHK, k_BTJK, v_BTJV = projected[:3]
         before, (rows, tokens) = memory.tokens if memory else 0, q_BTHK.shape[:2]
-        position_U = torch.arange(before, before + tokens)
+        position_T = torch.arange(before, before + tokens)
+        patterns = self.policy.patterns
+        keys = [
+            Kept(k, v, position_T)
+            for k, v in zip(k_BTJK.chunk(patterns, 2), v_BTJV.chunk(patterns, 2))
+        ]
         if memory is None:
-            view = LocalView.whole(rows, tokens, q_BTHK.device)
-            y_BTHV = self.core(projected, view)
+            y_BTHV = self.core(projected, LocalView.whole(rows, tokens, q_BTHK.device))
         else:
-            queries_T = position_U
-            k_BUJK, v_BUJV = torch.cat((memory[0], k_BUJK), 1), torch.cat((memory[1], v_BUJV), 1)
-            position_U = torch.cat((memory.position_U, position_U))
-            seen = self.policy.sees(queries_T[:, None], position_U[None])
-            y_BTHV = masked_attention(q_BTHK, k_BUJK, v_BUJV, seen.to(q_BTHK.device))
-        total = before + tokens
-        if isinstance(self.policy, Lifetime):
-            kept = (self.policy.expiry(position_U) > total).any(0)
-            position_U, kept = position_U[kept], kept.to(k_BUJK.device)
-            k_BUJK, v_BUJV = k_BUJK[:, kept], v_BUJV[:, kept]
-        return y_BTHV, Remembered(k_BUJK, v_BUJV, position_U, total)
+            keys = [
+                Kept(torch.cat((old[0], k), 1), torch.cat((old[1], v), 1), torch.cat((old[2], at)))
+                for old, (k, v, at) in zip(memory.kept, keys)
+            ]
+            queries = enumerate(q_BTHK.chunk(patterns, 2))
+            y_BTHV = torch.cat([self._seen(n, q, keys[n], position_T) for n, q in queries], 2)
+        kept = tuple(self._pruned(n, own, before + tokens) for n, own in enumerate(keys))
+        return y_BTHV, Remembered(kept, before + tokens)
+
+    def _seen(self, n: int, q_BThK: Tensor, keys: Kept, position_T: Tensor) -> Tensor:
+        """Output of the heads of pattern n."""
+        seen_TU = self.policy.sees(position_T[:, None], keys.position_U)[n]
+        return masked_attention(q_BThK, keys.k_BUJK, keys.v_BUJV, seen_TU[None].to(q_BThK.device))
+
+    def _pruned(self, n: int, keys: Kept, tokens: int) -> Kept:
+        """Without what no later token of pattern n sees."""
+        if not isinstance(self.policy, Lifetime):
+            return keys
+        kept_U = self.policy.expiry(keys.position_U)[n] > tokens
+        on_device = kept_U.to(keys.k_BUJK.device)
+        return Kept(keys.k_BUJK[:, on_device], keys.v_BUJV[:, on_device], keys.position_U[kept_U])
 
     def core_flops(self, contexts_M: Tensor) -> int:
         counts_NT = self.policy.counts(int(contexts_M.max()))

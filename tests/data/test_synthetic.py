@@ -8,7 +8,9 @@ from longctx.errors import InputError
 
 MQAR = DataConfig(task="mqar", pairs=5, answers=3, vocabulary=24)
 COPYING = DataConfig(task="selective_copying", answers=4, vocabulary=10)
-TASKS = pytest.mark.parametrize("config", [MQAR, COPYING], ids=["mqar", "selective_copying"])
+NEEDLE = DataConfig(task="needle", pairs=5, answers=3, vocabulary=24)
+CONFIGS = {"mqar": MQAR, "needle": NEEDLE, "selective_copying": COPYING}
+TASKS = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 SEQ_LEN, COUNT = 31, 300
 
 
@@ -32,6 +34,19 @@ def test_the_answer_of_mqar_is_the_token_after_the_only_earlier_place_of_the_que
             assert labels[place] == tokens[earlier[0] + 1]
         asked_first.add(tokens.index(tokens[places[0]]) // 2)
     assert asked_first == set(range(MQAR.pairs))
+
+
+def test_the_answer_of_a_needle_is_told_once_anywhere_before_the_questions():
+    shown, starts = SEQ_LEN - NEEDLE.answers, set()
+    for tokens, labels in rows(NEEDLE):
+        assert labels[:shown] == [IGNORE] * shown
+        for query, answer in zip(tokens[shown:], labels[shown:]):
+            assert tokens[:shown].count(query) == 1
+            starts.add(tokens.index(query))
+            assert tokens[tokens.index(query) + 1] == answer
+            assert tokens.count(answer) == 1
+        assert len(set(tokens[shown:])) == NEEDLE.answers
+    assert starts == set(range(shown - 1))
 
 
 def test_mqar_tells_different_keys_and_values_and_fills_with_other_tokens():
@@ -70,7 +85,7 @@ def test_answers_and_tokens_are_uniform(config):
     answers = [label for _, labels in rows(config, count=3000) for label in labels if label >= 0]
     counts = np.bincount(answers)
     possible = counts[counts > 0]
-    assert len(possible) == (12 if config is MQAR else config.vocabulary - NUM_SIGNS)
+    assert len(possible) == (config.vocabulary - NUM_SIGNS if config is COPYING else 12)
     assert np.abs(possible / possible.mean() - 1).max() < 0.15
 
 
@@ -129,7 +144,7 @@ def test_seeds_change_training_and_not_validation(config):
     assert torch.equal(first.validation.batch(0).tokens_BT, second.validation.batch(0).tokens_BT)
     assert first.fingerprint == second.fingerprint
     assert first.vocab_size == config.vocabulary
-    assert first.unigram_entropy == pytest.approx(np.log(12 if config is MQAR else 8))
+    assert first.unigram_entropy == pytest.approx(np.log(8 if config is COPYING else 12))
 
 
 # fmt: off
