@@ -72,12 +72,13 @@ class LTEConfig(EvictingConfig, kind="lte"):
 
 
 class LTEParts(NamedTuple):
-    """What attention sees, and each key's score: it is kept if that is above 0."""
+    """What attention sees, and each key's logit and score: it is kept if they are above 0."""
 
     q_BTHK: Tensor
     k_BTJK: Tensor
     v_BTJV: Tensor
     gate_BTHV: Tensor | None
+    logit_BTJ: Tensor
     score_BTJ: Tensor
     position_BT: Tensor
 
@@ -117,13 +118,13 @@ class Scorer(nn.Module):
         return torch.full_like(self.leaning, KEEPING) if name == "leaning" else None
 
     def forward(self, seen_BTJC: Tensor, view: SequenceView, is_late: bool) -> Tensor:
-        """Scores in (-0.5, 0.5) `[B, T, J]`; late ones are of the token LOOK_AHEAD before."""
+        """Logits `[B, T, J]`; late ones are of the token LOOK_AHEAD before."""
         hidden = seen_BTJC
         for number, layer in enumerate(self.layers):
             hidden = layer(_near(hidden, view, number + 1 if is_late else 0))
         logit = (hidden.transpose(1, 2) @ self.logit.to(hidden.dtype))[..., 0].transpose(1, 2)
         wide_dtype = torch.promote_types(logit.dtype, torch.float32)
-        return (logit.to(wide_dtype) + self.leaning[:, 0]).sigmoid() - 0.5
+        return logit.to(wide_dtype) + self.leaning[:, 0]
 
 
 @torch.compiler.disable
@@ -175,30 +176,31 @@ class LTE(Evicting):
 
     def project(self, x_BTD: Tensor, view: SequenceView) -> LTEParts:
         parts = self.attention_parts(x_BTD, view)
-        score_BTJ = self.scorer(self._looked_at(x_BTD, parts), view, is_late=False)
+        logit_BTJ = self.scorer(self._looked_at(x_BTD, parts), view, is_late=False)
+        score_BTJ = logit_BTJ.sigmoid() - 0.5
         # The value is the same to the bit; its gradient reaches the score.
         taught = (score_BTJ - score_BTJ.detach())[..., None].to(parts.v_BTJV.dtype)
         parts = parts._replace(v_BTJV=parts.v_BTJV * (1 + taught))
-        return LTEParts(*parts, score_BTJ, view.positions_BT)
+        return LTEParts(*parts, logit_BTJ, score_BTJ, view.positions_BT)
 
     def _looked_at(self, x_BTD: Tensor, parts: AttentionParts) -> Tensor:
         k_BTJK = self.key_norm(split_heads(self.key(x_BTD), self.num_kv_heads))
         return torch.cat((k_BTJK.type_as(parts.v_BTJV), parts.v_BTJV), -1)
 
     def scored(self, projected: LTEParts) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        score_BTJ = projected.score_BTJ.detach()
-        return (*projected[:3], self._competing(score_BTJ, projected.position_BT))
+        logit_BTJ = projected.logit_BTJ.detach()
+        return (*projected[:3], self._competing(logit_BTJ, projected.position_BT))
 
-    def _competing(self, score_BTJ: Tensor, position_BT: Tensor) -> Tensor:
+    def _competing(self, logit_BTJ: Tensor, position_BT: Tensor) -> Tensor:
         is_sink = (position_BT < self.config.sinks)[..., None]
-        return score_BTJ.masked_fill(score_BTJ <= 0, -torch.inf).masked_fill(is_sink, torch.inf)
+        return logit_BTJ.masked_fill(logit_BTJ <= 0, -torch.inf).masked_fill(is_sink, torch.inf)
 
     def losses(self, projected: LTEParts, view: SequenceView) -> dict[str, Tensor]:
         excess_J = view.reduce_mean(projected.score_BTJ.relu())
         return {"eviction": (self.penalty_J * excess_J).sum()}
 
     def statistics(self, projected: LTEParts, view: SequenceView) -> dict[str, Tensor]:
-        kept_J = (projected.score_BTJ > 0).sum((0, 1))
+        kept_J = (projected.logit_BTJ > 0).sum((0, 1))
         return {"kept": kept_J, "documents": (projected.position_BT == 0).sum()}
 
     def adapt(self, sums: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:

@@ -18,15 +18,23 @@ from longctx.mixers.linear import LinearConfig
 from longctx.mixers.lla import LLAConfig
 from longctx.mixers.lte import LTEConfig
 from longctx.mixers.mamba2 import Mamba2Config
+from longctx.mixers.moba import MoBAConfig
 from longctx.mixers.moh import MoHConfig
+from longctx.mixers.mosa import MosaConfig
+from longctx.mixers.mta import MTAConfig
 from longctx.mixers.nats import NATSConfig
 from longctx.mixers.neighbourhood import NeighbourhoodConfig
+from longctx.mixers.nsa import NSAConfig
 from longctx.mixers.power import PowerConfig
 from longctx.mixers.rala import RalaConfig
+from longctx.mixers.routing import RoutingConfig
 from longctx.mixers.s2 import S2Config
+from longctx.mixers.scatterbrain import ScatterbrainConfig
 from longctx.mixers.scored import ScoredConfig
+from longctx.mixers.sla import SLAConfig
 from longctx.mixers.softmax import SoftmaxConfig
 from longctx.mixers.sparse_transformer import FixedConfig, StridedConfig
+from longctx.mixers.sum import SumConfig
 from longctx.mixers.titans import TitansConfig
 
 WIDTH = 16
@@ -147,10 +155,18 @@ VARIANTS: dict[str, dict[str, MixerConfig]] = {
         "default": DMAConfig(num_heads=4, num_kv_heads=2, capacity=7, window=3),
         "one-key": DMAConfig(num_heads=2, head_dim=3, capacity=1, window=1),
     },
-    "lte": {"default": LTEConfig(num_heads=4, num_kv_heads=2, capacity=6, window=9, sinks=2)},
+    "lte": {
+        "default": LTEConfig(num_heads=4, num_kv_heads=2, head_dim=8, capacity=6, window=9, sinks=2)
+    },
     "nats": {"default": NATSConfig(num_heads=4, num_kv_heads=2, window=5)},
     "power": {"default": PowerConfig(num_heads=4, num_kv_heads=1, block=16, window_blocks=1)},
     "strided": {"default": StridedConfig(num_heads=2, block=16, local_blocks=1, stride=2)},
+    "mta": {
+        "default": MTAConfig(num_heads=2, window=11),
+        "mixed-heads": MTAConfig(
+            num_heads=4, num_kv_heads=2, window=20, past_queries=3, near_keys=5, mixed_heads=2
+        ),
+    },
     "scored": {
         "sigmoid": ScoredConfig(num_heads=2, normaliser="sigmoid", window=11, sinks=2),
         "sigmoid-slopes": ScoredConfig(
@@ -164,11 +180,79 @@ VARIANTS: dict[str, dict[str, MixerConfig]] = {
         # So many heads that some have a weight for every token.
         "relu": ScoredConfig(num_heads=8, head_dim=2, normaliser="relu", gate="sigmoid"),
         "softplus": ScoredConfig(num_heads=2, normaliser="softplus", qk_norm=False),
+        "reweighted": ScoredConfig(
+            num_heads=2, normaliser="reweighted", qk_norm=False, window=20, sinks=1
+        ),
         # Its weights jump where a score changes its sign: large scores are rarely close to that.
         "signed": ScoredConfig(num_heads=1, normaliser="signed", qk_norm=False, window=20),
         "forget": ScoredConfig(num_heads=4, num_kv_heads=2, bias="forget", rope_fraction=0.0),
         "ssa": ScoredConfig(num_heads=2, temperature="ssa", sink=True, window=9),
         "shared-heads": ScoredConfig(num_heads=4, num_kv_heads=2, heads="shared", bias="alibi"),
+    },
+    "moba": {
+        "grouped": MoBAConfig(num_heads=4, num_kv_heads=2, block=4, num_blocks=3),
+        "two-blocks": MoBAConfig(num_heads=2, head_dim=3, block=8, num_blocks=2, qk_norm=False),
+    },
+    "mosa": {
+        "threshold": MosaConfig(
+            num_heads=4, head_dim=4, sparsity=2, group=16, capacity=1.25, include_first=True
+        ),
+        "token-choice": MosaConfig(
+            num_heads=6, head_dim=3, sparsity=2, group=9, capacity=1.2, selection="token_choice"
+        ),
+        "expert-choice": MosaConfig(
+            num_heads=4, head_dim=4, sparsity=2, selection="expert_choice", allow_leak=True
+        ),
+    },
+    "routing": {
+        "default": RoutingConfig(num_heads=2, head_dim=4, clusters=3, group=12, commitment=0.1)
+    },
+    "sum": {
+        "hybrid": SumConfig(
+            parts={
+                "dense": SoftmaxConfig(num_heads=2, head_dim=3),
+                "routed": MosaConfig(num_heads=3, head_dim=4, sparsity=2, group=16, capacity=1.25),
+            }
+        ),
+        "gated": SumConfig(
+            parts={
+                "memory": GLAConfig(num_heads=2, head_dim=3, token_shift=True),
+                "near": SoftmaxConfig(num_heads=2, window=9),
+            },
+            gated=True,
+        ),
+    },
+    "nsa": {
+        "own-keys": NSAConfig(
+            num_heads=4,
+            num_kv_heads=2,
+            block=4,
+            num_blocks=4,
+            compress_block=4,
+            compress_stride=2,
+            window=9,
+        ),
+        "shared-keys": NSAConfig(
+            num_heads=3,
+            head_dim=4,
+            block=8,
+            num_blocks=3,
+            compress_block=4,
+            compress_stride=4,
+            compression="mean",
+            window=5,
+            branch_keys="shared",
+            gate="sigmoid",
+        ),
+    },
+    "sla": {"default": SLAConfig(num_heads=4, num_kv_heads=2, block=4, num_blocks=3)},
+    "scatterbrain": {
+        "default": ScatterbrainConfig(num_heads=4, num_kv_heads=2, window=9),
+        "few-features": ScatterbrainConfig(num_heads=2, head_dim=3, window=1, num_features=4),
+    },
+    "scatterbrain": {
+        "default": ScatterbrainConfig(num_heads=4, num_kv_heads=2, window=9),
+        "few-features": ScatterbrainConfig(num_heads=2, head_dim=3, window=1, num_features=4),
     },
     "moh": {
         "softmax": MoHConfig(
