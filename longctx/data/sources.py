@@ -45,7 +45,8 @@ class DataConfig:
     answers: int = 8
     """Answers that a sequence of a task asks for: different keys, or letters to copy."""
     vocabulary: int = 64
-    """Different tokens of a task: half keys and half values, or noise, marker and letters."""
+    """Different tokens of a task: half keys and half values, a third each of keys, values and hay,
+    or noise, marker and letters."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.validation_percent <= 50:
@@ -64,17 +65,16 @@ class DataConfig:
             )
         if answers < 1:
             raise InputError(f"data.answers = {answers}: must be at least 1")
-        has_keys = task in ("mqar", "needle")
-        if has_keys and answers > pairs:
+        if task != "selective_copying" and answers > pairs:
             raise InputError(
                 f"data.answers = {answers} asks for more keys than data.pairs = {pairs}; "
                 "lower answers or raise pairs"
             )
-        least = 2 * pairs + 2 if has_keys else 4
+        least = {"mqar": 2 * pairs + 2, "needle": 3 * pairs, "selective_copying": 4}[task]
         if self.vocabulary < least:
             raise InputError(
                 f"data.vocabulary = {self.vocabulary}: {task} needs at least {least}"
-                + (f" for data.pairs = {pairs}" if has_keys else "")
+                + (f" for data.pairs = {pairs}" if least != 4 else "")
             )
 
     def check_length(self, seq_len: int) -> None:

@@ -5,8 +5,8 @@ queries, which are some of these keys, in random places. At a query the label is
 which is not shown again. Ours: places are uniform, and no token between them is a key or value of
 the sequence, so every answer is unambiguous.
 
-`needle` hides the pairs of a key and its value anywhere in a long sequence, and asks for values at
-its end.
+`needle` hides pairs of a key and its value anywhere in a long sequence of other tokens, and asks
+for values at its end.
 
 `selective_copying` (Mamba, arXiv 2312.00752): letters in random places among noise, then as many
 markers; at each marker the label is the next letter.
@@ -71,20 +71,17 @@ def _mqar(config: DataConfig, seq_len: int, draws: Draws) -> tuple[Integers, Int
 
 
 def _needle(config: DataConfig, seq_len: int, draws: Draws) -> tuple[Integers, Integers]:
-    tokens, labels = _mqar(config, seq_len, draws)
-    told, shown = 2 * config.pairs, seq_len - config.answers
-    asked = labels != IGNORE
-    others = tokens[told:][~asked[told:]]
+    third, shown = config.vocabulary // 3, seq_len - config.answers
+    keys = draws.choose(third, config.pairs)
+    values = third + draws.choose(third, config.pairs)
+    tokens = 2 * third + draws.below(config.vocabulary - 2 * third, seq_len)
     # Pairs lie in the slots of a sequence in which each takes up one.
     starts = np.sort(draws.choose(shown - config.pairs, config.pairs)) + np.arange(config.pairs)
-    is_told = np.zeros(seq_len, dtype=bool)
-    is_told[starts] = is_told[starts + 1] = True
-    hidden, answers = np.empty_like(tokens), np.full(seq_len, IGNORE)
-    hidden[is_told] = tokens[:told]
-    hidden[shown:], answers[shown:] = tokens[asked], labels[asked]
-    is_told[shown:] = True
-    hidden[~is_told] = others
-    return hidden, answers
+    tokens[starts], tokens[starts + 1] = keys, values
+    asked = draws.choose(config.pairs, config.answers)
+    labels = np.full(seq_len, IGNORE)
+    tokens[shown:], labels[shown:] = keys[asked], values[asked]
+    return tokens, labels
 
 
 def _selective_copying(config: DataConfig, seq_len: int, draws: Draws) -> tuple[Integers, Integers]:
@@ -153,6 +150,9 @@ class GeneratedStream:
 
 def answer_entropy(config: DataConfig) -> float:
     """Entropy in nats of the answers, which are uniform: the loss of guessing without looking."""
-    possible = config.vocabulary - config.vocabulary // 2
-    has_keys = config.task in ("mqar", "needle")
-    return math.log(possible if has_keys else config.vocabulary - NUM_SIGNS)
+    possible = {
+        "mqar": config.vocabulary - config.vocabulary // 2,
+        "needle": config.vocabulary // 3,
+        "selective_copying": config.vocabulary - NUM_SIGNS,
+    }
+    return math.log(possible[config.task])

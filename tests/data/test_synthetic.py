@@ -10,6 +10,7 @@ MQAR = DataConfig(task="mqar", pairs=5, answers=3, vocabulary=24)
 COPYING = DataConfig(task="selective_copying", answers=4, vocabulary=10)
 NEEDLE = DataConfig(task="needle", pairs=5, answers=3, vocabulary=24)
 CONFIGS = {"mqar": MQAR, "needle": NEEDLE, "selective_copying": COPYING}
+POSSIBLE = {"mqar": 12, "needle": 8, "selective_copying": 8}
 TASKS = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 SEQ_LEN, COUNT = 31, 300
 
@@ -45,7 +46,9 @@ def test_the_answer_of_a_needle_is_told_once_anywhere_before_the_questions():
             starts.add(tokens.index(query))
             assert tokens[tokens.index(query) + 1] == answer
             assert tokens.count(answer) == 1
+            assert query < 8 <= answer < 16
         assert len(set(tokens[shown:])) == NEEDLE.answers
+        assert sum(token >= 16 for token in tokens) == shown - 2 * NEEDLE.pairs
     assert starts == set(range(shown - 1))
 
 
@@ -85,7 +88,7 @@ def test_answers_and_tokens_are_uniform(config):
     answers = [label for _, labels in rows(config, count=3000) for label in labels if label >= 0]
     counts = np.bincount(answers)
     possible = counts[counts > 0]
-    assert len(possible) == (config.vocabulary - NUM_SIGNS if config is COPYING else 12)
+    assert len(possible) == POSSIBLE[config.task]
     assert np.abs(possible / possible.mean() - 1).max() < 0.15
 
 
@@ -144,7 +147,7 @@ def test_seeds_change_training_and_not_validation(config):
     assert torch.equal(first.validation.batch(0).tokens_BT, second.validation.batch(0).tokens_BT)
     assert first.fingerprint == second.fingerprint
     assert first.vocab_size == config.vocabulary
-    assert first.unigram_entropy == pytest.approx(np.log(8 if config is COPYING else 12))
+    assert first.unigram_entropy == pytest.approx(np.log(POSSIBLE[config.task]))
 
 
 # fmt: off
