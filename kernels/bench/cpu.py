@@ -16,11 +16,17 @@ from delta_peer import compare_delta_peer
 from layers import time_mixers
 from peers import compare_peer
 from report import DISTURBED, Section, machine
+from routed_heads import compare_routed
 from sizes import FULL, QUICK, Sizes
 from training import time_training, tiny
 
 from longctx.train.hardware import keep_freed_memory
 
+COMPARISONS = (
+    ("Routed heads", compare_routed),
+    ("Peer", compare_peer),
+    ("Peer", compare_delta_peer),
+)
 REPORT = Path(__file__).parents[2] / "docs" / "results" / "cpu-bench.md"
 
 
@@ -71,8 +77,8 @@ def _sections(sizes: Sizes) -> Iterator[Section]:
     yield time_training(settings, sizes)
     _say("Mixers")
     yield time_mixers(sizes)
-    for compare in (compare_peer, compare_delta_peer):
-        _say("Peer")
+    for name, compare in COMPARISONS:
+        _say(name)
         section, red = compare(sizes)
         if red:
             raise RedError(red)

@@ -10,6 +10,7 @@ from gpu_checks import TOLERANCE, Tensors, relative_error
 from gpu_delta import delta_groups
 from gpu_items import OURS, PRECISION, Item, Items, random_values
 from gpu_peers import decay_peers, lightning_gamma, sdpa
+from gpu_routed import SHARES, routed_groups, routed_name
 from gpu_small import small_groups, small_names
 from gpu_timing import Cost, cost
 from longctx_kernels.decay_attention import decay_attention
@@ -66,6 +67,7 @@ def groups(device: torch.device, tiny: bool) -> Iterator[Items]:
     ]
     makers.append((f"window T{long}", partial(_causal_item, (long, H, D), window, device)))
     yield Items("Lifetime attention", "lifetime", tuple(makers))
+    yield from routed_groups((lengths[-1], H, D), device)
     yield from delta_groups(device, tiny)
     yield from small_groups(device, tiny)
 
@@ -230,6 +232,13 @@ class Rows(list[Row]):
         return self.of(item).worst / self.peer(item).worst
 
 
+def paying_share(rows: Rows, length: int) -> float:
+    """The largest share of active heads at which it is faster to skip the others; 0 if none is."""
+    everything = rows.milliseconds(f"causal T{length}")
+    times = {share: rows.milliseconds(routed_name(length, share)) for share in SHARES}
+    return max((share for share, time in times.items() if time < everything), default=0.0)
+
+
 def targets() -> Iterator[Target]:
     """Of forward and backward on one H200."""
     first, long, wide = (decay_name("constant", shape) for shape in SHAPES[:3])
@@ -243,6 +252,8 @@ def targets() -> Iterator[Target]:
     for T in LENGTHS:
         text, name = f"causal T{T}: our time over SDPA's", f"causal T{T}"
         yield Target(text, lambda r, n=name: 1 / r.over_peer(n), 1.15, at_least=False)
+    text = f"routed heads at T{LENGTHS[-1]}: largest share of active heads that pays"
+    yield Target(text, lambda r: paying_share(r, LENGTHS[-1]), 0.5)
     for name, bound in zip(small_names(), (1.3, 1.0, 2.0)):
         yield Target(f"{name}: peer's time over ours", lambda r, n=name: r.over_peer(n), bound)
     yield Target(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from longctx.errors import InputError
 from longctx.mixers import Mixer, MixerConfig, Place
-from longctx.mixers.base import Backend, RMSNorm
+from longctx.mixers.base import Backend, Mixed, RMSNorm
 from longctx.model.layers import FEED_FORWARD
 from longctx.model.loss import count_correct, linear_cross_entropy
 from longctx.sequence.local import LocalView
@@ -106,16 +106,17 @@ class Block(nn.Module):
             self.mlp = FEED_FORWARD[config.mlp](width, hidden)
         self.dropout = config.dropout
 
-    def forward(self, x_BTD: Tensor, view: SequenceView) -> tuple[Tensor, dict[str, Tensor]]:
-        """New residual stream, and the mixer's losses."""
+    def forward(self, x_BTD: Tensor, view: SequenceView) -> Mixed:
+        """New residual stream, and the mixer's losses and statistics."""
         losses: dict[str, Tensor] = {}
+        statistics: dict[str, Tensor] = {}
         if self.mixer is not None:
-            out_BTD, losses = self.mixer(self.mixer_norm(x_BTD), view)
+            out_BTD, losses, statistics = self.mixer(self.mixer_norm(x_BTD), view)
             x_BTD = x_BTD + self._drop(out_BTD, view, "mixer dropout")
         if self.mlp is not None:
             out_BTD = self.mlp(self.mlp_norm(x_BTD))
             x_BTD = x_BTD + self._drop(out_BTD, view, "mlp dropout")
-        return x_BTD, losses
+        return Mixed(x_BTD, losses, statistics)
 
     def _drop(self, x_BTD: Tensor, view: SequenceView, purpose: str) -> Tensor:
         if not (self.dropout and self.training):
@@ -138,6 +139,8 @@ class Losses(NamedTuple):
 
     cross_entropy: Tensor
     mixers: dict[str, Tensor]
+    statistics: dict[str, Tensor]
+    """Sums over own tokens by `LAYER.NAME`, for `Decoder.adapt`; gathered only in training."""
     correct: Tensor | None = None
     """How many valid labels are the most likely token; not counted in training."""
 
@@ -159,10 +162,13 @@ class Decoder(nn.Module):
         """Losses of a batch whose labels are already shifted; label -100 is left out."""
         x_BTD = self.embedding(tokens_BT)
         by_name: dict[str, list[Tensor]] = {}
+        statistics: dict[str, Tensor] = {}
         for layer, block in enumerate(self.blocks):
-            x_BTD, losses = block(x_BTD, view.at(layer))
+            x_BTD, losses, sums = block(x_BTD, view.at(layer))
             for name, loss in losses.items():
                 by_name.setdefault(name, []).append(loss)
+            if self.training:
+                statistics |= {f"{layer}.{name}": value for name, value in sums.items()}
         means = {name: torch.stack(losses).mean() for name, losses in by_name.items()}
         hidden_MD = self.norm(x_BTD).flatten(0, 1)
         weight_VD = self.head.weight
@@ -171,7 +177,21 @@ class Decoder(nn.Module):
             hidden_MD, weight_VD = hidden_MD.to(dtype), weight_VD.to(dtype)
         operands = hidden_MD, weight_VD, labels_BT.flatten()
         correct = None if self.training else count_correct(*operands)
-        return Losses(linear_cross_entropy(*operands), means, correct)
+        return Losses(linear_cross_entropy(*operands), means, statistics, correct)
+
+    @torch.no_grad()
+    def adapt(self, sums: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
+        """After a step of training, given `Losses.statistics` summed over its `tokens` tokens on
+        all processes: adapts the mixers, and returns their figures by `router/LAYER/NAME`."""
+        by_layer: dict[str, dict[str, Tensor]] = {}
+        for key, value in sums.items():
+            layer, _, name = key.partition(".")
+            by_layer.setdefault(layer, {})[name] = value
+        return {
+            f"router/{layer}/{name}": figure
+            for layer, own in by_layer.items()
+            for name, figure in self.blocks[int(layer)].mixer.adapt(own, tokens).items()
+        }
 
     @torch.no_grad()
     def step(self, tokens_BT: Tensor, start: int, memory: list[Any]) -> tuple[Tensor, list[Any]]:

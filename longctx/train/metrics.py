@@ -16,6 +16,7 @@ from longctx.train.progress import Progress
 METRICS_FILE = "metrics.jsonl"
 LOG_FILE = "log.txt"
 WANDB_FLUSH_SECONDS = 1.0
+MOST_ELEMENTS = 64
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class MetricsLog:
 
     A row has `step`, `loss`, `tokens` (seen since the first step), `seconds`, `tokens_per_second`,
     `mfu`, `grad_norm`, `lr`, `peak_memory_bytes`, `exchange_bytes` and `exchange_calls`, and may
-    have more. Rows after `resume_step` are dropped at the start, so each step is there once.
+    have more, lists too. Rows after `resume_step` are dropped at the start, so each step is there
+    once.
     """
 
     def __init__(
@@ -69,8 +71,7 @@ class MetricsLog:
             raise OutsideError(f"{self._path}: cannot write: {error.strerror}") from error
         self._write_log(self._progress.step(row))
         if self._wandb_run is not None:
-            values = {name: value for name, value in row.items() if name != "step"}
-            self._mirror(lambda: self._wandb_run.log(values, step=row["step"]))
+            self._mirror(lambda: self._wandb_run.log(_flat(row), step=row["step"]))
 
     def info(self, text: str) -> None:
         """Tell the user something, on the console and in `log.txt`."""
@@ -160,6 +161,17 @@ def _replace(path: Path, content: bytes) -> None:
         sync_path(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _flat(row: dict) -> dict:
+    """What W&B gets of a row: of a list the first elements, each under a name of its own."""
+    flat = {}
+    for name, value in row.items():
+        if isinstance(value, list):
+            flat |= {f"{name}/{i}": element for i, element in enumerate(value[:MOST_ELEMENTS])}
+        elif name != "step":
+            flat[name] = value
+    return flat
 
 
 def _drop_rows_after(path: Path, step: int) -> None:

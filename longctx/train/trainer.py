@@ -24,6 +24,7 @@ from longctx.train.optim import build_optimizer, clip_gradients, learning_rate
 from longctx.train.run_directory import SUMMARY_FILE, open_run, write_config
 from longctx.train.settings import DTYPES, Settings
 from longctx.train.signals import StopRequest
+from longctx.train.sums import Sums, on_host
 
 
 def train(settings: Settings) -> str:
@@ -134,7 +135,7 @@ class Trainer:
         valid = max(1, loader.num_valid(ids))
         rows = len(ids) // mesh.split.dp
         mine = ids[mesh.dp_rank * rows : (mesh.dp_rank + 1) * rows]
-        sums: dict[str, torch.Tensor] = {}
+        sums = Sums()
         self.model.train()
         for micro in _chunks(mine, config.micro_batch or rows):
             losses, flops = self._forward(loader, micro)
@@ -142,8 +143,8 @@ class Trainer:
             terms = {"loss": losses.cross_entropy / valid}
             terms |= {f"{name}_loss": loss * share for name, loss in losses.mixers.items()}
             sum(terms.values()).backward()
-            for name, term in (terms | {"flops": torch.tensor(float(flops))}).items():
-                sums[name] = sums.get(name, 0) + term.detach()
+            sums.add(terms | {"flops": torch.tensor(float(flops))})
+            sums.add(losses.statistics)
         mesh.sum_gradients(self.model)
         grad_norm = clip_gradients(self.model, self.settings.optim)
         progress.step += 1
@@ -152,17 +153,15 @@ class Trainer:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
-        sums["stop"] = torch.tensor(float(bool(stop.requested)))
-        figures = self._sum_over_processes(sums)
-        figures |= {"grad_norm": grad_norm.item(), "lr": lr}
+        sums.add({"stop": torch.tensor(float(bool(stop.requested)))})
+        totals = sums.over_processes(mesh)
+        statistics = {name: totals.pop(name) for name in losses.statistics}
+        totals |= self.model.adapt(statistics, config.batch_size * config.seq_len)
+        figures = on_host(totals | {"grad_norm": grad_norm}) | {"lr": lr}
         stopped = figures.pop("stop") > 0
         return self._metrics(figures, time.perf_counter() - started), stopped
 
-    def _sum_over_processes(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
-        values = torch.stack([x.to(self.device, torch.float64) for x in sums.values()])
-        return dict(zip(sums, self.mesh.sum(values, "metrics").tolist()))
-
-    def _metrics(self, figures: dict[str, float], seconds: float) -> dict[str, Any]:
+    def _metrics(self, figures: dict[str, Any], seconds: float) -> dict[str, Any]:
         progress, config = self.progress, self.settings.train
         every, traffic = self.settings.eval.every, self.mesh.ledger.total()
         tokens = config.batch_size * config.seq_len
