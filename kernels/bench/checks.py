@@ -49,7 +49,7 @@ def _checks(model: ModelConfig) -> Iterator[Check]:
     yield from _check_decay_attention()
     yield from _check_softmax_attention()
     for example in examples():
-        mixer = example.config(num_heads=8).build(Place(32, 0, 2)).double()
+        mixer = example.build(8, Place(32, 0, 2)).double()
         tokens = TOKENS_OF_WINDOWS if "window" in example.name else TOKENS
         yield Check(example.name, _mixer_error(mixer, 32, tokens))
     yield Check("the model of preset tiny", _model_error(model))

@@ -37,8 +37,23 @@ class Example:
         if "inner" in filled:
             filled["inner"] = {"num_heads": num_heads, **filled["inner"]}
         elif issubclass(MixerConfig.kinds()[filled["kind"]], HeadsConfig):
-            filled["num_heads"] = num_heads
+            filled = {"num_heads": num_heads, **filled}
         return decode(MixerConfig, filled, path=self.name)
+
+    def build(self, num_heads: int, place: Place) -> Mixer:
+        """The mixer with matrices of unit gain, or what it draws by itself."""
+        mixer = self.config(num_heads).build(place)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for module in mixer.modules():
+                draw = getattr(module, "initial", lambda _name, _generator: None)
+                for name, parameter in module.named_parameters(recurse=False):
+                    value = draw(name, generator)
+                    if value is not None:
+                        parameter.copy_(value)
+                    elif parameter.dim() > 1:
+                        parameter.normal_(std=place.width**-0.5, generator=generator)
+        return mixer
 
 
 LIGHTNING = {"kind": "linear", "feature_map": "silu", "decay": "alibi", "gate": "sigmoid"}
@@ -73,6 +88,16 @@ EXAMPLES = (
         },
     ),
     Example("softmax: full", {"kind": "softmax"}, is_quadratic=True),
+    Example(
+        "sum: softmax, window 512, and mosa",
+        {
+            "kind": "sum",
+            "parts": {
+                "near": {"kind": "softmax", "num_heads": 4, "window": 512},
+                "routed": {"kind": "mosa", "num_heads": 16},
+            },
+        },
+    ),
     Example("lla", {"kind": "lla"}, longest=4096),
 )
 
@@ -112,7 +137,7 @@ def time_mixers(sizes: Sizes) -> Section:
 
 
 def _time_lengths(example: Example, sizes: Sizes) -> dict[int, Timing]:
-    mixer = example.config(sizes.num_heads).build(Place(sizes.width, 0, DEPTH))
+    mixer = example.build(sizes.num_heads, Place(sizes.width, 0, DEPTH))
     limit = sizes.quadratic_limit if example.is_quadratic else max(sizes.lengths)
     limit = min(limit, example.longest or limit)
     lengths = [length for length in sizes.lengths if length <= limit]

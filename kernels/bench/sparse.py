@@ -16,10 +16,10 @@ from statistics import median
 from typing import Any
 
 import torch
+from layers import Example
 from report import machine, table
 
-from longctx.config import decode
-from longctx.mixers import Mixer, MixerConfig, Place
+from longctx.mixers import Mixer, Place
 from longctx.sequence.local import LocalView
 from longctx.train.hardware import keep_freed_memory
 
@@ -48,16 +48,10 @@ LAYERS: dict[str, dict[str, Any]] = {
 
 
 def layer(name: str) -> Mixer:
-    """The layer with first weights as a model draws them, but wider, so that choices differ."""
-    config: MixerConfig = decode(MixerConfig, {"num_heads": HEADS, **LAYERS[name]}, path=name)
-    config.check(WIDTH, name)
-    mixer = config.build(Place(WIDTH, 0, DEPTH))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in mixer.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=WIDTH**-0.5, generator=generator)
-    return mixer
+    """The layer with matrices of unit gain, so that choices differ."""
+    example = Example(name, {"num_heads": HEADS, **LAYERS[name]})
+    example.config(HEADS).check(WIDTH, name)
+    return example.build(HEADS, Place(WIDTH, 0, DEPTH))
 
 
 def work_on(mixer: Mixer, length: int) -> Callable[[], None]:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from longctx_kernels import lifetime_torch
 from longctx_kernels.launch import backend_of
-from longctx_kernels.score import NORMALISERS, Gradients, Score, wide_dtype
+from longctx_kernels.reweighted import REWEIGHTED, reweighted_attention
+from longctx_kernels.score import NORMALISERS, Gradients, Score, bias_of, wide_dtype
 from longctx_kernels.sight import NEVER, Sight
 
 LARGEST_HEAD = 256
@@ -60,14 +61,21 @@ def _path(q_THK: Tensor, backend: str) -> ModuleType:
 def merge(
     left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], normaliser: str = "softmax"
 ) -> tuple[Tensor, Tensor]:
-    """Joins two partial results of the same queries over disjoint keys; two empty stay empty."""
+    """Joins two partial results of the same queries over disjoint keys; two empty stay empty.
+
+    Associative, and nothing seen (out 0, lse -inf, or 0 of sums) changes nothing on either side.
+    """
     (left_out, left_lse), (right_out, right_lse) = left, right
     if normaliser in ("sigmoid", "relu"):
         return left_out + right_out, left_lse
-    lse_TH = torch.logaddexp(left_lse, right_lse)
-    finite_TH = lse_TH.masked_fill(lse_TH == -torch.inf, 0.0)
-    left_share = (left_lse - finite_TH).exp()[..., None]
-    right_share = (right_lse - finite_TH).exp()[..., None]
+    top_TH = torch.maximum(left_lse, right_lse).detach()
+    # Gradients must not pass an infinity that both sides share: it would make them NaN.
+    is_empty_TH = top_TH == -torch.inf
+    top_TH = top_TH.masked_fill(is_empty_TH, 0.0)
+    left_TH, right_TH = ((lse_TH - top_TH).exp() for lse_TH in (left_lse, right_lse))
+    total_TH = (left_TH + right_TH).masked_fill(is_empty_TH, 1.0)
+    left_share, right_share = ((x_TH / total_TH)[..., None] for x_TH in (left_TH, right_TH))
+    lse_TH = (top_TH + total_TH.log()).masked_fill(is_empty_TH, -torch.inf)
     return left_out * left_share + right_out * right_share, lse_TH
 
 
@@ -85,10 +93,12 @@ def lifetime_reference(
     outs, sums = [], []
     for t in range(len(q_THK)):
         scores_HU = torch.einsum("hk,uhk->hu", q_THK[t].to(dtype), k_UHK) * score.scale
-        if score.key_bias_UH is not None:
-            scores_HU = scores_HU + score.key_bias_UH.T
-        if score.query_bias_TH is not None:
-            scores_HU = scores_HU + score.query_bias_TH[t][:, None]
+        bias_1UH = bias_of(score, slice(t, t + 1), slice(None), slice(None))
+        if bias_1UH is not None:
+            scores_HU = scores_HU + bias_1UH[0].T
+        if score.slope_H is not None:
+            distance_U = sight.key_positions - sight.query_positions[t]
+            scores_HU = scores_HU + score.slope_H[:, None].to(dtype) * distance_U
         seen_HU = _seen_by(t, sight, k_UJK.shape[1]).repeat_interleave(group, 0)
         out, lse = _reference_row(scores_HU, seen_HU, v_UHV, score.normaliser)
         outs.append(out)
@@ -139,6 +149,7 @@ def flash_lifetime(
     key_positions: Tensor | None = None,
     key_bias: Tensor | None = None,
     query_bias: Tensor | None = None,
+    slope: Tensor | None = None,
     normaliser: str = "softmax",
     scale: float | None = None,
     backend: str = "auto",
@@ -147,35 +158,43 @@ def flash_lifetime(
 
     Without positions, each row is causal by itself and `expiry` ([B, U] or [B, U, J]) counts
     tokens of its row. With positions ([1, T] and [1, U] int32, rising), B must be 1: number the
-    tokens of a batch, or of packed documents, through. Biases are fp32 [B, U, H] and [B, T, H].
+    tokens of a batch, or of packed documents, through. Biases are fp32 [B, U, H] and [B, T, H];
+    slopes, fp32 [H] and without gradient, are times key position less query position. The
+    normaliser "reweighted" has no kernels: any backend computes it in torch operations.
     """
     sight = sight_of((q, k, v), (expiry, query_positions, key_positions))
-    return attend((q, k, v), sight, (key_bias, query_bias), normaliser, scale, backend)
+    return attend((q, k, v), sight, (key_bias, query_bias, slope), normaliser, scale, backend)
 
 
 def attend(
     operands: tuple[Tensor, Tensor, Tensor],
     sight: Sight,
-    biases: tuple[Tensor | None, Tensor | None],
+    biases: tuple[Tensor | None, Tensor | None, Tensor | None],
     normaliser: str,
     scale: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Checks what `sight_of` did not, and calls the custom op on flattened tokens."""
-    (q, k, _), (key_bias, query_bias) = operands, biases
+    (q, k, _), (key_bias, query_bias, slope) = operands, biases
     B, T, H, K = q.shape
-    if normaliser not in NORMALISERS:
-        raise ValueError(f"normaliser {normaliser!r}: expected one of {', '.join(NORMALISERS)}")
+    known = (*NORMALISERS, REWEIGHTED)
+    if normaliser not in known:
+        raise ValueError(f"normaliser {normaliser!r}: expected one of {', '.join(known)}")
     _check_bias("key_bias", key_bias, (*k.shape[:2], H))
     _check_bias("query_bias", query_bias, (B, T, H))
+    _check_bias("slope", slope, (H,))
     scale = K**-0.5 if scale is None else scale
-    flat = [None if x is None else x.flatten(0, 1) for x in (*operands, *biases)]
+    flat = [None if x is None else x.flatten(0, 1) for x in (*operands, key_bias, query_bias)]
     if backend == "fla":
         raise ValueError("backend 'fla' has no lifetime attention: choose auto, torch or triton")
-    out, lse = _forward_op(
-        *flat[:3], sight.query_positions, sight.key_positions, sight.expiry, *flat[3:],
-        sight.blocks, sight.block_size, normaliser, scale, backend,
-    )  # fmt: skip
+    if normaliser == REWEIGHTED:
+        score = Score(scale, "softplus", *flat[3:], slope)
+        out, lse = reweighted_attention((flat[0], flat[1], flat[2]), sight, score)
+    else:
+        out, lse = _forward_op(
+            *flat[:3], sight.query_positions, sight.key_positions, sight.expiry, *flat[3:], slope,
+            sight.blocks, sight.block_size, normaliser, scale, backend,
+        )  # fmt: skip
     return out.unflatten(0, (B, T)), lse.unflatten(0, (B, T))
 
 
@@ -270,10 +289,11 @@ def _row_positions(q: Tensor, k: Tensor, expiry: Tensor | None):
 def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor, key_positions: Tensor,
     expiry: Tensor | None, key_bias: Tensor | None, query_bias: Tensor | None,
-    blocks: Tensor | None, block_size: int, normaliser: str, scale: float, backend: str,
+    slope: Tensor | None, blocks: Tensor | None, block_size: int,
+    normaliser: str, scale: float, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     sight = Sight(query_positions, key_positions, expiry, blocks, block_size)
-    score = Score(scale, normaliser, key_bias, query_bias)
+    score = Score(scale, normaliser, key_bias, query_bias, slope)
     return lifetime_forward(q, k, v, sight, score, backend=backend)
 
 
@@ -288,10 +308,11 @@ def _backward_op(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor,
     q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor, key_positions: Tensor,
     expiry: Tensor | None, key_bias: Tensor | None, query_bias: Tensor | None,
-    blocks: Tensor | None, block_size: int, normaliser: str, scale: float, backend: str,
+    slope: Tensor | None, blocks: Tensor | None, block_size: int,
+    normaliser: str, scale: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     sight = Sight(query_positions, key_positions, expiry, blocks, block_size)
-    score = Score(scale, normaliser, key_bias, query_bias)
+    score = Score(scale, normaliser, key_bias, query_bias, slope)
     grads = lifetime_backward(dout, dlse, (q, k, v), (out, lse), sight, score, backend=backend)
     # An op returns tensors only: an absent bias has a gradient of no elements.
     return *grads[:3], *(lse.new_zeros(0) if g is None else g for g in grads[3:])
@@ -308,8 +329,8 @@ def _like(x: Tensor) -> Tensor:
 
 
 def _save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:9], *output)
-    ctx.constants = inputs[9:]
+    ctx.save_for_backward(*inputs[:10], *output)
+    ctx.constants = inputs[10:]
 
 
 def _differentiate(ctx, dout, dlse):
@@ -317,7 +338,7 @@ def _differentiate(ctx, dout, dlse):
     dout = torch.zeros_like(out) if dout is None else dout
     dq, dk, dv, dkey, dquery = _backward_op(dout, dlse, out, lse, *inputs, *ctx.constants)
     biases = (None if b is None else g for b, g in zip(inputs[6:8], (dkey, dquery)))
-    return dq, dk, dv, None, None, None, *biases, *(None,) * 5
+    return dq, dk, dv, None, None, None, *biases, *(None,) * 6
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_save)

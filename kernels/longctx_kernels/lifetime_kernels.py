@@ -161,6 +161,24 @@ def _is_unbounded(pointer, NORM: tl.constexpr):
 
 
 @triton.jit
+def _biased(x, key_bias, query_bias, NORM: tl.constexpr, KEY: tl.constexpr, QUERY: tl.constexpr):
+    """Scores with biases, which are added to each other first: large ones may cancel."""
+    if KEY and QUERY:
+        x += (key_bias + query_bias) * _unit(NORM)
+    elif KEY:
+        x += key_bias * _unit(NORM)
+    elif QUERY:
+        x += query_bias * _unit(NORM)
+    return x
+
+
+@triton.jit
+def _sloped(x, rate, key_positions, query_positions):
+    """Scores with distances, exact up to 2^24 as integers are subtracted, times a rate."""
+    return x + (key_positions - query_positions).to(tl.float32) * rate
+
+
+@triton.jit
 def _rescale(acc, total, top, factor):
     """Factors over the largest of their row so far, and sums of such (acc, total)."""
     top_next = tl.maximum(top, tl.max(tl.abs(factor), 1))
@@ -177,20 +195,23 @@ def _masked_block(i, near, mid, sink_start, start, whole_stop):
 @triton.jit
 def _forward_step(
     acc, top, total, q, block, k, v, query_positions, key_positions, expiry, key_bias, row_bias,
-    U, scale, H: tl.constexpr, J: tl.constexpr,
+    rate, U, scale, H: tl.constexpr, J: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, PADDED_K: tl.constexpr, PADDED_V: tl.constexpr,
     BLOCK_N: tl.constexpr, NORM: tl.constexpr, MASKED: tl.constexpr, EXPIRES: tl.constexpr,
-    KEY_BIAS: tl.constexpr, QUERY_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    KEY_BIAS: tl.constexpr, QUERY_BIAS: tl.constexpr, SLOPED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Online sums over one key block; all head pointers are those of the head."""
     first = block * BLOCK_N
     k_NK = _load_tile(k, first, U, J * K, K, PADDED_K, BLOCK_N, MASKED)
     x = tl.dot(q, tl.trans(k_NK), input_precision=PRECISION) * (scale * _unit(NORM))
+    bias = row_bias
     if KEY_BIAS:
         bias = _load_numbers(key_bias, first, U, 0.0, H, BLOCK_N, MASKED)
-        x += (bias * _unit(NORM))[None, :]
-    if QUERY_BIAS:
-        x += row_bias[:, None]
+    x = _biased(x, bias[None, :], row_bias[:, None], NORM, KEY_BIAS, QUERY_BIAS)
+    if SLOPED:
+        born = _load_numbers(key_positions, first, U, 2147483647, 1, BLOCK_N, MASKED)
+        x = _sloped(x, rate, born[None, :], query_positions[:, None])
     if MASKED:
         seen = _seen(query_positions, key_positions, expiry, first, U, BLOCK_N, EXPIRES)
     if NORM == SOFTMAX or NORM == SIGNED:  # noqa: SIM109
@@ -261,14 +282,14 @@ def _plan(ranges, plan, block, query_blocks, listed_count, listed_row, parts, LI
     ]
 )  # fmt: skip
 def lifetime_forward_kernel(
-    q, k, v, query_positions, key_positions, expiry, key_bias, query_bias,
+    q, k, v, query_positions, key_positions, expiry, key_bias, query_bias, slope,
     ranges, block_expiry, listed, listed_count, out, lse,
     T, U, scale, plan_stride, query_blocks, key_blocks, listed_width,
     H: tl.constexpr, J: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, PADDED_K: tl.constexpr, PADDED_V: tl.constexpr,
     NORM: tl.constexpr, EXPIRES: tl.constexpr, EXPIRY_BY_HEAD: tl.constexpr, SKIP: tl.constexpr,
-    KEY_BIAS: tl.constexpr, QUERY_BIAS: tl.constexpr, LISTED: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    KEY_BIAS: tl.constexpr, QUERY_BIAS: tl.constexpr, SLOPED: tl.constexpr,
+    LISTED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One query block of one head. `plan_stride` is 1 if plans differ by key head, else 0."""
     # The last queries see most keys; they start first.
@@ -286,8 +307,10 @@ def lifetime_forward_kernel(
     if KEY_BIAS:
         key_bias += head
     if QUERY_BIAS:
-        bias = _load_numbers(query_bias + head, start_row, T, 0.0, H, BLOCK_M, True)
-        row_bias = bias * _unit(NORM)
+        row_bias = _load_numbers(query_bias + head, start_row, T, 0.0, H, BLOCK_M, True)
+    rate = scale
+    if SLOPED:
+        rate = tl.load(slope + head) * _unit(NORM)
     if EXPIRY_BY_HEAD:
         expiry += tl.cast(key_head, tl.int64) * U
     if SKIP:
@@ -322,15 +345,15 @@ def lifetime_forward_kernel(
         if is_needed:
             acc, top, total = _forward_step(
                 acc, top, total, q_MK, b, k, v, positions, key_positions, expiry, key_bias,
-                row_bias, U, scale, H, J, K, V, PADDED_K, PADDED_V, BLOCK_N, NORM, True, EXPIRES,
-                KEY_BIAS, QUERY_BIAS, PRECISION,
+                row_bias, rate, U, scale, H, J, K, V, PADDED_K, PADDED_V, BLOCK_N, NORM, True,
+                EXPIRES, KEY_BIAS, QUERY_BIAS, SLOPED, PRECISION,
             )  # fmt: skip
     if not LISTED:
         for i in range(whole_start, whole_stop):
             acc, top, total = _forward_step(
                 acc, top, total, q_MK, i, k, v, positions, key_positions, expiry, key_bias,
-                row_bias, U, scale, H, J, K, V, PADDED_K, PADDED_V, BLOCK_N, NORM, False, EXPIRES,
-                KEY_BIAS, QUERY_BIAS, PRECISION,
+                row_bias, rate, U, scale, H, J, K, V, PADDED_K, PADDED_V, BLOCK_N, NORM, False,
+                EXPIRES, KEY_BIAS, QUERY_BIAS, SLOPED, PRECISION,
             )  # fmt: skip
     log_sum = total * 0.0
     if NORM == SOFTMAX or NORM == SIGNED or NORM == SOFTPLUS:  # noqa: SIM109
@@ -363,21 +386,24 @@ def lifetime_delta_kernel(
 @triton.jit
 def _query_step(
     dq, drow, top, q, dout, lse, delta, block, k, v, query_positions, key_positions, expiry,
-    key_bias, row_bias, U, scale, H: tl.constexpr, J: tl.constexpr,
+    key_bias, row_bias, rate, U, scale, H: tl.constexpr, J: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, PADDED_K: tl.constexpr, PADDED_V: tl.constexpr,
     BLOCK_N: tl.constexpr, NORM: tl.constexpr, MASKED: tl.constexpr, EXPIRES: tl.constexpr,
-    KEY_BIAS: tl.constexpr, QUERY_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    KEY_BIAS: tl.constexpr, QUERY_BIAS: tl.constexpr, SLOPED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what one key block gives to the gradients of queries and of their bias."""
     first = block * BLOCK_N
     k_NK = _load_tile(k, first, U, J * K, K, PADDED_K, BLOCK_N, MASKED)
     v_NV = _load_tile(v, first, U, J * V, V, PADDED_V, BLOCK_N, MASKED)
     x = tl.dot(q, tl.trans(k_NK), input_precision=PRECISION) * (scale * _unit(NORM))
+    bias = row_bias
     if KEY_BIAS:
         bias = _load_numbers(key_bias, first, U, 0.0, H, BLOCK_N, MASKED)
-        x += (bias * _unit(NORM))[None, :]
-    if QUERY_BIAS:
-        x += row_bias[:, None]
+    x = _biased(x, bias[None, :], row_bias[:, None], NORM, KEY_BIAS, QUERY_BIAS)
+    if SLOPED:
+        born = _load_numbers(key_positions, first, U, 2147483647, 1, BLOCK_N, MASKED)
+        x = _sloped(x, rate, born[None, :], query_positions[:, None])
     weight, slope = _weights(x, lse[:, None], NORM)
     if MASKED:
         seen = _seen(query_positions, key_positions, expiry, first, U, BLOCK_N, EXPIRES)
@@ -399,14 +425,14 @@ def _query_step(
     ]
 )  # fmt: skip
 def lifetime_dq_kernel(
-    q, k, v, dout, lse, delta, query_positions, key_positions, expiry, key_bias, query_bias,
+    q, k, v, dout, lse, delta, query_positions, key_positions, expiry, key_bias, query_bias, slope,
     ranges, block_expiry, listed, listed_count, dq, dquery_bias,
     T, U, scale, plan_stride, query_blocks, key_blocks, listed_width,
     H: tl.constexpr, J: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, PADDED_K: tl.constexpr, PADDED_V: tl.constexpr,
     NORM: tl.constexpr, EXPIRES: tl.constexpr, EXPIRY_BY_HEAD: tl.constexpr, SKIP: tl.constexpr,
-    KEY_BIAS: tl.constexpr, QUERY_BIAS: tl.constexpr, LISTED: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    KEY_BIAS: tl.constexpr, QUERY_BIAS: tl.constexpr, SLOPED: tl.constexpr,
+    LISTED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one query block of one head."""
     block = query_blocks - 1 - tl.program_id(0)
@@ -426,8 +452,10 @@ def lifetime_dq_kernel(
     if KEY_BIAS:
         key_bias += head
     if QUERY_BIAS:
-        bias = _load_numbers(query_bias + head, start_row, T, 0.0, H, BLOCK_M, True)
-        row_bias = bias * _unit(NORM)
+        row_bias = _load_numbers(query_bias + head, start_row, T, 0.0, H, BLOCK_M, True)
+    rate = scale
+    if SLOPED:
+        rate = tl.load(slope + head) * _unit(NORM)
     if EXPIRY_BY_HEAD:
         expiry += tl.cast(key_head, tl.int64) * U
     if SKIP:
@@ -457,15 +485,15 @@ def lifetime_dq_kernel(
         if is_needed:
             dq_MK, drow, top = _query_step(
                 dq_MK, drow, top, q_MK, dout_MV, lse_M, delta_M, b, k, v, positions, key_positions,
-                expiry, key_bias, row_bias, U, scale, H, J, K, V, PADDED_K, PADDED_V, BLOCK_N,
-                NORM, True, EXPIRES, KEY_BIAS, QUERY_BIAS, PRECISION,
+                expiry, key_bias, row_bias, rate, U, scale, H, J, K, V, PADDED_K, PADDED_V,
+                BLOCK_N, NORM, True, EXPIRES, KEY_BIAS, QUERY_BIAS, SLOPED, PRECISION,
             )  # fmt: skip
     if not LISTED:
         for i in range(whole_start, whole_stop):
             dq_MK, drow, top = _query_step(
                 dq_MK, drow, top, q_MK, dout_MV, lse_M, delta_M, i, k, v, positions, key_positions,
-                expiry, key_bias, row_bias, U, scale, H, J, K, V, PADDED_K, PADDED_V, BLOCK_N,
-                NORM, False, EXPIRES, KEY_BIAS, QUERY_BIAS, PRECISION,
+                expiry, key_bias, row_bias, rate, U, scale, H, J, K, V, PADDED_K, PADDED_V,
+                BLOCK_N, NORM, False, EXPIRES, KEY_BIAS, QUERY_BIAS, SLOPED, PRECISION,
             )  # fmt: skip
     if _is_unbounded(k, NORM):
         dq_MK = dq_MK * top[:, None]
@@ -477,10 +505,11 @@ def lifetime_dq_kernel(
 @triton.jit
 def _key_step(
     dk, dv, dcolumn, dk_top, dv_top, k, v, born, dies, column_bias, block, q, dout, lse, delta,
-    query_positions, query_bias, T, scale, H: tl.constexpr,
+    query_positions, query_bias, rate, T, scale, H: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, PADDED_K: tl.constexpr, PADDED_V: tl.constexpr,
     BLOCK_M: tl.constexpr, NORM: tl.constexpr, MASKED: tl.constexpr, EXPIRES: tl.constexpr,
-    KEY_BIAS: tl.constexpr, QUERY_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    KEY_BIAS: tl.constexpr, QUERY_BIAS: tl.constexpr, SLOPED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what one query block of one head gives to the gradients of keys; tiles are [N, M]."""
     first = block * BLOCK_M
@@ -489,11 +518,13 @@ def _key_step(
     lse_M = _backward_lse(lse, first, T, H, BLOCK_M, NORM, MASKED)
     delta_M = _load_numbers(delta, first, T, 0.0, H, BLOCK_M, MASKED)
     x = tl.dot(k, tl.trans(q_MK), input_precision=PRECISION) * (scale * _unit(NORM))
-    if KEY_BIAS:
-        x += column_bias[:, None]
+    bias = lse_M
     if QUERY_BIAS:
         bias = _load_numbers(query_bias, first, T, 0.0, H, BLOCK_M, MASKED)
-        x += (bias * _unit(NORM))[None, :]
+    x = _biased(x, column_bias[:, None], bias[None, :], NORM, KEY_BIAS, QUERY_BIAS)
+    if SLOPED:
+        positions = _load_numbers(query_positions, first, T, -2147483648, 1, BLOCK_M, MASKED)
+        x = _sloped(x, rate, born[:, None], positions[None, :])
     weight, slope = _weights(x, lse_M[None, :], NORM)
     if MASKED:
         positions = _load_numbers(query_positions, first, T, -2147483648, 1, BLOCK_M, True)
@@ -520,13 +551,13 @@ def _key_step(
 
 @triton.jit(do_not_specialize=["T", "U", "scale", "plan_stride", "key_blocks"])
 def lifetime_dkdv_kernel(
-    q, k, v, dout, lse, delta, query_positions, key_positions, expiry, key_bias, query_bias,
+    q, k, v, dout, lse, delta, query_positions, key_positions, expiry, key_bias, query_bias, slope,
     key_ranges, listed_offsets, listed_queries, dk, dv, dkey_bias,
     T, U, scale, plan_stride, key_blocks, H: tl.constexpr, J: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, PADDED_K: tl.constexpr, PADDED_V: tl.constexpr,
     NORM: tl.constexpr, EXPIRES: tl.constexpr, EXPIRY_BY_HEAD: tl.constexpr,
-    KEY_BIAS: tl.constexpr, QUERY_BIAS: tl.constexpr, LISTED: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    KEY_BIAS: tl.constexpr, QUERY_BIAS: tl.constexpr, SLOPED: tl.constexpr,
+    LISTED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one key block of one key head: sums over the query heads that share it."""
     # The first keys are seen by most queries; they start first.
@@ -565,11 +596,13 @@ def lifetime_dkdv_kernel(
         head = key_head * (H // J) + g
         column_bias = born * 0.0
         if KEY_BIAS:
-            bias = _load_numbers(key_bias + head, start_row, U, 0.0, H, BLOCK_N, True)
-            column_bias = bias * _unit(NORM)
+            column_bias = _load_numbers(key_bias + head, start_row, U, 0.0, H, BLOCK_N, True)
         row_bias = lse
         if QUERY_BIAS:
             row_bias = query_bias + head
+        rate = scale
+        if SLOPED:
+            rate = tl.load(slope + head) * _unit(NORM)
         dcolumn = tl.zeros((BLOCK_N,), tl.float32)
         for i in range(0, near + stop - whole_stop):
             if LISTED:
@@ -579,16 +612,16 @@ def lifetime_dkdv_kernel(
             dk_NK, dv_NV, dcolumn, dk_top, dv_top = _key_step(
                 dk_NK, dv_NV, dcolumn, dk_top, dv_top, k_NK, v_NV, born, dies, column_bias, b,
                 q + head * K, dout + head * V, lse + head, delta + head, query_positions,
-                row_bias, T, scale, H, K, V, PADDED_K, PADDED_V, BLOCK_M, NORM, True, EXPIRES,
-                KEY_BIAS, QUERY_BIAS, PRECISION,
+                row_bias, rate, T, scale, H, K, V, PADDED_K, PADDED_V, BLOCK_M, NORM, True,
+                EXPIRES, KEY_BIAS, QUERY_BIAS, SLOPED, PRECISION,
             )  # fmt: skip
         if not LISTED:
             for i in range(whole_start, whole_stop):
                 dk_NK, dv_NV, dcolumn, dk_top, dv_top = _key_step(
                     dk_NK, dv_NV, dcolumn, dk_top, dv_top, k_NK, v_NV, born, dies, column_bias, i,
                     q + head * K, dout + head * V, lse + head, delta + head, query_positions,
-                    row_bias, T, scale, H, K, V, PADDED_K, PADDED_V, BLOCK_M, NORM, False, EXPIRES,
-                    KEY_BIAS, QUERY_BIAS, PRECISION,
+                    row_bias, rate, T, scale, H, K, V, PADDED_K, PADDED_V, BLOCK_M, NORM, False,
+                    EXPIRES, KEY_BIAS, QUERY_BIAS, SLOPED, PRECISION,
                 )  # fmt: skip
         if KEY_BIAS:
             _store_numbers(dkey_bias + head, dcolumn, start_row, U, H, BLOCK_N)

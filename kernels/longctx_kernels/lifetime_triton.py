@@ -147,6 +147,7 @@ def _options(kernel: str, operands: Operands, sight: Sight, score: Score) -> Opt
         "SKIP": sight.expires_by_head and sight.blocks is None,
         "KEY_BIAS": score.key_bias_UH is not None,
         "QUERY_BIAS": score.query_bias_TH is not None,
+        "SLOPED": score.slope_H is not None,
         "LISTED": 0 if sight.blocks is None else sight.block_size,
         "PRECISION": "ieee" if is_fp32 else "tf32",
     }
@@ -157,7 +158,7 @@ def _padded(size: int) -> int:
 
 
 def _sight_arguments(sight: Sight, score: Score) -> tuple[Tensor | None, ...]:
-    biases = (score.key_bias_UH, score.query_bias_TH)
+    biases = (score.key_bias_UH, score.query_bias_TH, score.slope_H)
     biases = (None if b is None else b.float().contiguous() for b in biases)
     return sight.query_positions, sight.key_positions, sight.expiry, *biases
 

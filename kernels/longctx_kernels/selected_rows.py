@@ -157,9 +157,10 @@ def _keep_scatter(ctx, inputs, output) -> None:  # noqa: ARG001
 
 
 def _differentiate_scatter(ctx, dout):
-    weight = ctx.saved_tensors[2]
-    drows, dweight = torch.ops.longctx.scatter_rows_backward(dout, *ctx.saved_tensors, ctx.backend)
-    return drows, None, None if weight is None else dweight, None, None
+    # Checkpointing lets them be read once.
+    saved = ctx.saved_tensors
+    drows, dweight = torch.ops.longctx.scatter_rows_backward(dout, *saved, ctx.backend)
+    return drows, None, None if saved[2] is None else dweight, None, None
 
 
 _scatter.register_autograd(_differentiate_scatter, setup_context=_keep_scatter)

@@ -11,11 +11,13 @@ from torch import Tensor
 from longctx_kernels import decay_triton as decay
 from longctx_kernels import lifetime_attention as lifetime
 from longctx_kernels import norm_gate_kernels as norms
+from longctx_kernels import selected_blocks_triton as blocks
 from longctx_kernels import selected_rows_kernels as selections
 from longctx_kernels import short_convolution_kernels as convolutions
 from longctx_kernels.launch import Launch, Options, recording
 from longctx_kernels.norm_gate import ACTIVATIONS
 from longctx_kernels.score import NORMALISERS, Score
+from longctx_kernels.selected_blocks_lists import Selection, listed_once
 from longctx_kernels.sight import Sight
 
 SIZES = {torch.bfloat16: (64, 128, 256), torch.float32: (64,)}
@@ -55,11 +57,14 @@ def calls() -> Iterator[Call]:
         yield Call(name, lambda *a, activation=activation: _norm_gate(activation, 1, *a))
     yield Call("selected rows", _selected_rows)
     yield Call("norm gate of all heads", lambda *a: _norm_gate("silu", H, *a))
+    for group in (1, 4, 16):
+        yield Call(f"selected blocks of {group}", lambda *a, g=group: _selected_blocks(g, *a))
     for sight in ("causal", "window", "per-head expiry", "blocks"):
         yield Call(f"lifetime {sight}", lambda *a, sight=sight: _lifetime(sight, "softmax", *a))
     for normaliser in NORMALISERS[1:]:
         yield Call(f"lifetime {normaliser}", lambda *a, n=normaliser: _lifetime("causal", n, *a))
-    yield Call("lifetime biases", lambda *a: _lifetime("window", "softmax", *a, biased=True))
+    for terms in ("biases", "slopes"):
+        yield Call(f"lifetime {terms}", lambda *a, t=terms: _lifetime("window", "softmax", *a, t))
 
 
 @cache
@@ -145,19 +150,18 @@ def _lifetime(
     dtype: torch.dtype,
     device: torch.device,
     T: int,
-    biased: bool = False,
+    terms: str = "",
 ) -> Callable[[], None]:
     q, dout = (_random(T, H, D, dtype=dtype, device=device) for _ in range(2))
     k, v = (_random(T, J, D, dtype=dtype, device=device) for _ in range(2))
-    biases = (None, None)
-    if biased:
-        biases = tuple(_random(T, H, dtype=torch.float32, device=device) for _ in range(2))
-    score = Score(SCALE, normaliser, *biases)
+    shapes = {"biases": ((T, H), (T, H)), "slopes": (None, None, (H,)), "": ()}[terms]
+    added = (s and _random(*s, dtype=torch.float32, device=device) for s in shapes)
+    score = Score(SCALE, normaliser, *added)
 
     def run() -> None:
         seen = _sight(sight, T, device)
         results = lifetime.lifetime_forward(q, k, v, seen, score, backend="triton")
-        dlse = results[1] if biased else None
+        dlse = results[1] if terms == "biases" else None
         lifetime.lifetime_backward(dout, dlse, (q, k, v), results, seen, score, backend="triton")
 
     return run
@@ -209,6 +213,23 @@ def _selected_rows(D: int, dtype: torch.dtype, device: torch.device, T: int) -> 
         for factor in (weight, None):
             selections.scatter(rows, index, factor, T)
             selections.scatter_backward(x, rows, index, factor)
+
+    return run
+
+
+def _selected_blocks(
+    group: int, D: int, dtype: torch.dtype, device: torch.device, T: int
+) -> Callable[[], None]:
+    q, dout = (_random(T, H, D, dtype=dtype, device=device) for _ in range(2))
+    k, v = (_random(T, H // group, D, dtype=dtype, device=device) for _ in range(2))
+    positions = torch.arange(T, dtype=torch.int32, device=device)
+    back = torch.arange(16, dtype=torch.int32, device=device)
+    listed = (positions[:, None, None] // BLOCK - back).expand(T, H // group, -1)
+    selection = Selection(listed_once(listed, T // BLOCK), positions, positions, BLOCK)
+
+    def run() -> None:
+        results = blocks.forward((q, k, v), selection, SCALE)
+        blocks.backward((dout, results[1]), (q, k, v), results, selection, SCALE)
 
     return run
 

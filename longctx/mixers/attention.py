@@ -30,6 +30,8 @@ class AttentionConfig(HeadsConfig):
     """RMSNorm of queries and keys per head."""
     gate: Literal["none", "sigmoid"] = "none"
     """Activation of the output gate."""
+    reuses: Literal["nothing", "values", "keys and values"] = "nothing"
+    """What it takes from the last attention layer before it that has its own."""
 
     def on(self, backend: Backend) -> "AttentionConfig":
         # fla's softmax attention is not among its operators for which there is a use here.
@@ -87,10 +89,12 @@ class Attention(Mixer):
         H, K, J = config.num_heads, config.size_of_head(place.width), config.key_heads
         self.num_kv_heads, self.size = J, K
         self.query = nn.Linear(place.width, H * K, bias=False)
-        self.key = nn.Linear(place.width, J * K, bias=False)
-        self.value = nn.Linear(place.width, J * K, bias=False)
+        if config.reuses != "keys and values":
+            self.key = nn.Linear(place.width, J * K, bias=False)
+            self.key_norm = RMSNorm(K) if config.qk_norm else nn.Identity()
+        if config.reuses == "nothing":
+            self.value = nn.Linear(place.width, J * K, bias=False)
         self.query_norm = RMSNorm(K) if config.qk_norm else nn.Identity()
-        self.key_norm = RMSNorm(K) if config.qk_norm else nn.Identity()
         self.gate = nn.Linear(place.width, H * K, bias=False) if config.gate != "none" else None
         self.project_out = nn.Linear(H * K, place.width, bias=False)
 
@@ -105,11 +109,24 @@ class Attention(Mixer):
     def attention_parts(self, x_BTD: Tensor, view: SequenceView) -> AttentionParts:
         """Queries, keys, values and gate of these tokens."""
         q_BTHK = self.query_norm(split_heads(self.query(x_BTD), self.num_heads))
-        k_BTJK = self.key_norm(split_heads(self.key(x_BTD), self.num_kv_heads))
-        v_BTJV = split_heads(self.value(x_BTD), self.num_kv_heads)
-        q_BTHK, k_BTJK = self._rotate(q_BTHK, view), self._rotate(k_BTJK, view)
+        k_BTJK, v_BTJV = self._keys_and_values(x_BTD, view)
         gate = None if self.gate is None else split_heads(self.gate(x_BTD), self.num_heads)
-        return AttentionParts(q_BTHK.type_as(v_BTJV), k_BTJK.type_as(v_BTJV), v_BTJV, gate)
+        return AttentionParts(self._rotate(q_BTHK, view).type_as(v_BTJV), k_BTJK, v_BTJV, gate)
+
+    def _keys_and_values(self, x_BTD: Tensor, view: SequenceView) -> tuple[Tensor, Tensor]:
+        """Own ones, left on the view for layers to come, or those that an earlier one left."""
+        reuses = self.config.reuses
+        if reuses == "keys and values":
+            return view.left_by_attention()
+        if reuses == "values":
+            v_BTJV = view.left_by_attention()[1]
+        else:
+            v_BTJV = split_heads(self.value(x_BTD), self.num_kv_heads)
+        k_BTJK = self.key_norm(split_heads(self.key(x_BTD), self.num_kv_heads))
+        k_BTJK = self._rotate(k_BTJK, view).type_as(v_BTJV)
+        if reuses == "nothing" and view.shelf is not None:
+            view.shelf[:] = k_BTJK, v_BTJV
+        return k_BTJK, v_BTJV
 
     def _rotate(self, x_BTHK: Tensor, view: SequenceView) -> Tensor:
         config = self.config

@@ -178,7 +178,7 @@ class Mixer(nn.Module, ABC):
 
     @abstractmethod
     def core(self, projected: Any, view: SequenceView) -> Tensor:
-        """Mixes tokens: `[B, T, H, V]`."""
+        """Mixes tokens: `[B, T, H, V]`, or what `read` makes `[B, T, D]` of by itself."""
 
     @abstractmethod
     def core_reference(self, projected: Any, view: LocalView) -> Tensor:

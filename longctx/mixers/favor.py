@@ -12,7 +12,6 @@ The code's 1e-4, added to features, is here added to `phi(k)` as it is, and to `
 largest feature, as the code does. The features are drawn once and never again.
 """
 
-import hashlib
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from longctx.errors import InputError
 from longctx.mixers.base import Mixer, Place, ValueConfig, split_heads
+from longctx.mixers.random_features import random_features
 from longctx.sequence.expected import Expected, Share, Sizes, means_traffic
 from longctx.sequence.local import LocalView
 from longctx.sequence.running import Resumed, Runs, wide
@@ -53,24 +53,6 @@ class FavorConfig(ValueConfig, kind="favor"):
         """Random features of a head."""
         size = self.size_of_head(width)
         return self.num_features or max(1, int(size * math.log(size)))
-
-
-def random_features(seed: int, layer: int, head: int, count: int, size: int) -> Tensor:
-    """`[count, size]` in fp32: orthogonal blocks whose rows are as long as normal vectors."""
-    key = hashlib.sha256(f"favor/{seed}/{layer}/{head}".encode()).digest()[:8]
-    generator = torch.Generator().manual_seed(int.from_bytes(key, "big") >> 1)
-
-    def normal() -> Tensor:
-        shape = (size, size)
-        return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
-
-    blocks, lengths = [], []
-    for _ in range(-(-count // size)):
-        q, r = torch.linalg.qr(normal())
-        # Which signs a factorisation chooses is up to the library; those of r make q unique.
-        blocks.append((q * r.diagonal().sign()).mT)
-        lengths.append(normal().norm(dim=1, keepdim=True))
-    return (torch.cat(blocks) * torch.cat(lengths))[:count].float()
 
 
 class FavorParts(NamedTuple):

@@ -59,6 +59,11 @@ class LTEConfig(EvictingConfig, kind="lte"):
     def check(self, width: int, where: str) -> None:
         super().check(width, where)
         self.check_positive(where, "adapt_every")
+        if self.reuses == "keys and values":
+            raise InputError(
+                f"{where}.reuses = {self.reuses!r}: its scores look at keys of its own; choose "
+                "'values' or 'nothing'"
+            )
         if not 0 <= self.sinks <= self.capacity:
             raise InputError(
                 f"{where}.sinks = {self.sinks}: must be at least 0 and at most capacity = "

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from longctx.errors import InputError
 from longctx.mixers import Mixer, MixerConfig, Place
+from longctx.mixers.attention import AttentionConfig
 from longctx.mixers.base import Backend, Mixed, RMSNorm
 from longctx.model.layers import FEED_FORWARD
 from longctx.model.loss import count_correct, linear_cross_entropy
@@ -70,10 +71,30 @@ class ModelConfig:
                 )
         for letter, mixer in self.mixers.items():
             mixer.check(self.width, f"model.mixers.{letter}")
+        self._check_reuse()
         if not 0 <= self.dropout < 1:
             raise InputError(f"model.dropout = {self.dropout}: must be at least 0 and below 1")
         if self.mlp_hidden < 0:
             raise InputError(f"model.mlp_hidden = {self.mlp_hidden}: must be 0 or positive")
+
+    def _check_reuse(self) -> None:
+        """A layer that reuses keys or values follows one that has such."""
+        left: tuple[int, int] | None = None
+        for number, letter in enumerate(self.letters):
+            mixer = self.mixers.get(letter)
+            mixer = getattr(mixer, "inner", mixer)
+            if not isinstance(mixer, AttentionConfig):
+                continue
+            sizes = mixer.key_heads, mixer.size_of_head(self.width)
+            if mixer.reuses == "nothing":
+                left = sizes
+            elif left != sizes:
+                found = "none before it has any" if left is None else "the last has {} x {}"
+                raise InputError(
+                    f"model.mixers.{letter}.reuses = {mixer.reuses!r}: layer {number} needs "
+                    f"{sizes[0]} heads x {sizes[1]}, and of attention layers with their own "
+                    f"{found.format(*(left or ()))}; change the pattern or the sizes"
+                )
 
     @property
     def letters(self) -> str:
@@ -160,7 +181,7 @@ class Decoder(nn.Module):
 
     def forward(self, tokens_BT: Tensor, labels_BT: Tensor, view: SequenceView) -> Losses:
         """Losses of a batch whose labels are already shifted; label -100 is left out."""
-        x_BTD = self.embedding(tokens_BT)
+        x_BTD, view = self.embedding(tokens_BT), view.with_shelf()
         by_name: dict[str, list[Tensor]] = {}
         statistics: dict[str, Tensor] = {}
         for layer, block in enumerate(self.blocks):
@@ -196,7 +217,7 @@ class Decoder(nn.Module):
     @torch.no_grad()
     def step(self, tokens_BT: Tensor, start: int, memory: list[Any]) -> tuple[Tensor, list[Any]]:
         """Logits `[B, V]` after these tokens, which begin at position `start`."""
-        view = LocalView.whole(*tokens_BT.shape, device=tokens_BT.device)
+        view = LocalView.whole(*tokens_BT.shape, device=tokens_BT.device).with_shelf()
         view.positions_BT = view.positions_BT + start
         x_BTD = self.embedding(tokens_BT)
         after = []

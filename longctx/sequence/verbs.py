@@ -167,12 +167,14 @@ def _choose(yes_B: Tensor, left: Sequence[Tensor], right: Sequence[Tensor]) -> t
 def gather_segments(x_SB: Tensor, wire: Wire) -> Tensor:
     """Elements of all segments in order of positions."""
     counts = tuple(len(own) for own in wire.plan.placement.segments)
-    return _GatherParts.apply(x_SB, counts, wire)[
+    return GatherParts.apply(x_SB, counts, wire)[
         torch.tensor([sum(counts[:r]) + i for r, i in wire.plan.placement.order])
     ]
 
 
-class _GatherParts(torch.autograd.Function):
+class GatherParts(torch.autograd.Function):
+    """Rows of all ranks, so many of each, in order of ranks; the gradient is a reduce-scatter."""
+
     @staticmethod
     def forward(ctx: Any, x_SB: Tensor, counts: tuple[int, ...], wire: Wire) -> Tensor:
         ctx.wire, ctx.counts = wire, counts

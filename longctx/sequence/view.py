@@ -70,12 +70,27 @@ class SequenceView(ABC):
     keys_BT: Tensor | None = None
     """What random numbers of each token depend on."""
     layer: int = 0
+    shelf: list[Tensor] | None = None
+    """Keys and values of the last attention layer that has its own, for later ones to reuse."""
 
     def at(self, layer: int) -> Self:
         """The same view, named for what a layer exchanges and draws."""
         view = copy.copy(self)
         view.layer = layer
         return view
+
+    def with_shelf(self) -> Self:
+        """The same view for one pass through layers of which some reuse what others leave."""
+        view = copy.copy(self)
+        view.shelf = []
+        return view
+
+    def left_by_attention(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the last attention layer that has its own."""
+        if not self.shelf:
+            raise ValueError("a layer reuses keys and values, and none before it has left any")
+        k_BTJK, v_BTJV = self.shelf
+        return k_BTJK, v_BTJV
 
     def keyed(self, seed: int, step: int, sequence_ids: tuple[int, ...]) -> Self:
         """The same view with random numbers of its own for this step."""

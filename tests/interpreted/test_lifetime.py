@@ -10,8 +10,11 @@ from longctx_kernels.lifetime_attention import NORMALISERS, flash_lifetime
 from tests.kernels.test_lifetime_attention import (
     CASES,
     SIGHTS,
+    SLOPED,
     assert_equal_to_definition,
+    assert_far_positions_are_exact,
     operands,
+    slopes,
 )
 from tests.tolerances import assert_close
 
@@ -23,6 +26,23 @@ def test_kernels_equal_the_definition(normaliser, sight, group, sizes, biased):
     sight = SIGHTS[sight](2)
     tensors = operands(sight, group, sizes, biased, torch.float32)
     assert_equal_to_definition(tensors, sight, normaliser, "fp32")
+
+
+# Weights of pairs that do not see each other may overflow before they are masked.
+UNSEEN = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+
+
+@UNSEEN
+@SLOPED
+def test_slopes_equal_the_definition(sight):
+    tensors = operands(SIGHTS[sight](2), 2, (16, 16), False, torch.float32)
+    assert_equal_to_definition(tensors, SIGHTS[sight](2), "softmax", "fp32", slope=slopes(4))
+
+
+@UNSEEN
+@pytest.mark.parametrize("normaliser", NORMALISERS)
+def test_scores_are_exact_at_far_positions(normaliser):
+    assert_far_positions_are_exact(normaliser, torch.float16, "fp16")
 
 
 @pytest.mark.parametrize("normaliser", NORMALISERS)

@@ -1,9 +1,9 @@
 import random
+from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from longctx_kernels import launch as launching
 from longctx_kernels import lifetime_attention as op
 from longctx_kernels import lifetime_torch
 from longctx_kernels.blocklist import flash_blocklist
@@ -113,10 +113,11 @@ def cotangents(out, lse) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-def expected_of(tensors, sight: Sight, normaliser: str, dout, dlse) -> dict[str, torch.Tensor]:
+def expected_of(tensors, sight: Sight, score: Score, dout, dlse) -> dict[str, torch.Tensor]:
     """The reference in fp64 from the same values."""
     doubles = [None if x is None else x.detach().double().requires_grad_() for x in tensors]
-    score = Score(0.4, normaliser, *doubles[3:])
+    key_bias_UH, query_bias_TH = doubles[3:]
+    score = replace(score, key_bias_UH=key_bias_UH, query_bias_TH=query_bias_TH)
     out, lse = op.lifetime_reference(*doubles[:3], sight, score)
     leaves = [x for x in doubles if x is not None]
     # A log-sum-exp of -inf is constant.
@@ -127,13 +128,16 @@ def expected_of(tensors, sight: Sight, normaliser: str, dout, dlse) -> dict[str,
     return dict(zip(NAMES, (out.detach(), lse.detach(), *grads)))
 
 
-def assert_equal_to_definition(tensors, sight, normaliser, precision, wide=True) -> None:
-    score = Score(0.4, normaliser, *(None if x is None else x.detach() for x in tensors[3:]))
+def assert_equal_to_definition(
+    tensors, sight, normaliser, precision, wide=True, slope=None
+) -> None:
+    biases = (None if x is None else x.detach() for x in tensors[3:])
+    score = Score(0.4, normaliser, *biases, slope)
     bare = tuple(x.detach() for x in tensors[:3])
     out, lse = op.lifetime_forward(*bare, sight, score, wide)
     dout, dlse = cotangents(out, lse)
     dout = dout.to(bare[2].dtype).to(out.dtype)
-    expected = expected_of(tensors, sight, normaliser, dout, dlse)
+    expected = expected_of(tensors, sight, score, dout, dlse)
     grads = op.lifetime_backward(dout, dlse, bare, (out, lse), sight, score, wide)
     grads = [g for g in grads if g is not None]
     empty = expected["lse"] == -torch.inf
@@ -146,6 +150,41 @@ def assert_equal_to_definition(tensors, sight, normaliser, precision, wide=True)
             assert not a.any(), name
         else:
             assert_close(a, e, precision, name)
+
+
+SLOPED = pytest.mark.parametrize(
+    "sight", ["window 40, 5 sinks", "zigzag", "blind", "listed by head"]
+)
+
+
+def slopes(num_heads: int) -> torch.Tensor:
+    # No powers of two: times a far position they are not exact.
+    return 0.7 * 2.0 ** -torch.arange(1, num_heads + 1)
+
+
+FAR = 2**20
+
+
+def assert_far_positions_are_exact(normaliser: str, dtype: torch.dtype, precision: str) -> None:
+    """Slopes, and biases of opposite signs, next to which a score in fp32 would be lost."""
+    sight = Sight(positions_of((FAR - 7, FAR + 26)), positions_of((FAR - 50, FAR + 30)))
+    tensors = operands(sight, 2, (16, 16), False, dtype)
+    generator = torch.Generator().manual_seed(9)
+    biases = [
+        sign * (FAR / 8 + torch.randint(0, 300, (n, 4), generator=generator) / 64)
+        for sign, n in ((-1, 80), (1, 33))
+    ]
+    tensors[3:] = [x.requires_grad_() for x in biases]
+    score = Score(0.4, normaliser, *biases, slopes(4))
+    bare = tuple(x.detach() for x in tensors[:3])
+    out, lse = op.lifetime_forward(*bare, sight, score, True)
+    dout, dlse = cotangents(out, lse)
+    dout = dout.to(dtype).float()
+    expected = expected_of(tensors, sight, score, dout, dlse)
+    grads = op.lifetime_backward(dout, dlse, bare, (out, lse), sight, score, True)
+    for (name, e), a in zip(expected.items(), (out, lse, *grads), strict=True):
+        if e.any():
+            assert_close(a, e, "fp32" if name == "lse" else precision, name)
 
 
 def visible(sight: Sight, key_heads: int) -> torch.Tensor:
@@ -167,6 +206,31 @@ def test_tiles_equal_the_definition(normaliser, sight, group, sizes, biased, mon
     sight = SIGHTS[sight](2)
     tensors = operands(sight, group, sizes, biased, torch.float64)
     assert_equal_to_definition(tensors, sight, normaliser, "fp64")
+
+
+@SLOPED
+@pytest.mark.parametrize("normaliser", NORMALISERS)
+def test_slopes_equal_the_definition(normaliser, sight, monkeypatch):
+    monkeypatch.setattr(lifetime_torch, "QUERY_TILE", 32)
+    monkeypatch.setattr(lifetime_torch, "KEY_TILE", 16)
+    tensors = operands(SIGHTS[sight](2), 2, (16, 16), False, torch.float64)
+    assert_equal_to_definition(tensors, SIGHTS[sight](2), normaliser, "fp64", slope=slopes(4))
+
+
+@pytest.mark.parametrize("normaliser", NORMALISERS)
+def test_scores_are_exact_at_far_positions(normaliser):
+    assert_far_positions_are_exact(normaliser, torch.bfloat16, "fp32")
+
+
+def test_a_positive_slope_gives_farther_keys_less_weight():
+    """By exp(-slope) a token, for both public ops."""
+    q, k, eye = torch.zeros(1, 16, 4, 2), torch.zeros(1, 16, 2, 2), torch.eye(16)
+    values = eye[None, :, None].expand(-1, -1, 2, -1)
+    every = torch.zeros(1, 1, 1, dtype=torch.int32)
+    for call in (flash_lifetime, lambda *x, **y: flash_blocklist(*x, every, 16, **y)):
+        last_HU = call(q, k, values, slope=slopes(4))[0][0, -1]
+        ratio_HU = last_HU[:, :-1] / last_HU[:, 1:]
+        assert_close(ratio_HU, (-slopes(4)).exp()[:, None].expand(-1, 15), "fp32")
 
 
 @pytest.mark.parametrize("length", [1, 63])
@@ -223,7 +287,8 @@ def test_ops_pass_opcheck_and_compile_without_breaks(blocks):
         assert_close(a, e, "fp32")
     flat = [x.flatten(0, 1) for x in (q, k, v)]
     listed_blocks = None if blocks is None else blocks.to(torch.int32)
-    inputs = (*flat, *positions, None, bias[0], None, listed_blocks, 16, "softmax", 0.3, "torch")
+    terms = bias[0], None, slopes(4)
+    inputs = (*flat, *positions, None, *terms, listed_blocks, 16, "softmax", 0.3, "torch")
     ops = torch.ops.longctx
     torch.library.opcheck(ops.lifetime_forward.default, inputs)
     results = [x.detach() for x in ops.lifetime_forward(*inputs)]
@@ -291,49 +356,6 @@ def test_ranges_hold_all_that_is_seen_and_whole_ones_only_that(name):
                 assert not whole <= m < whole_stop or (pairs.all() and pairs.shape[0] == 32)
 
 
-@settings(max_examples=50, deadline=None)
-@given(
-    st.integers(0, 2**31),
-    st.lists(st.floats(-300, 300) | st.just(-float("inf")), min_size=3, max_size=3),
-)
-def test_merge_is_associative_and_keeps_the_empty_empty(seed, sums):
-    generator = torch.Generator().manual_seed(seed)
-    parts = []
-    for lse in sums:
-        out = torch.randn(1, 1, 4, generator=generator, dtype=torch.float64)
-        out = out * (lse != -float("inf"))
-        parts.append((out, torch.full((1, 1), lse, dtype=torch.float64)))
-    a, b, c = parts
-    for normaliser in NORMALISERS:
-        left = op.merge(op.merge(a, b, normaliser), c, normaliser)
-        right = op.merge(a, op.merge(b, c, normaliser), normaliser)
-        is_empty = right[1] == -torch.inf
-        assert torch.equal(left[1] == -torch.inf, is_empty)
-        for x, y in (
-            (left[0], right[0]),
-            [z.masked_fill(is_empty, 0.0) for z in (left[1], right[1])],
-        ):
-            assert (x - y).abs().max() <= 1e-14 * max(1.0, float(y.abs().max())), normaliser
-
-
-@pytest.mark.parametrize("normaliser", NORMALISERS)
-def test_merged_key_ranges_equal_one_pass(normaliser):
-    sight = windowed(100, 40)
-    q, k, v, *_ = (
-        None if x is None else x.detach()
-        for x in operands(sight, 2, (16, 16), False, torch.float64)
-    )
-    score = Score(0.4, normaliser)
-    whole = op.lifetime_forward(q, k, v, sight, score)
-    parts = []
-    for keys in (slice(0, 30), slice(30, 31), slice(31, 100)):
-        part = Sight(sight.query_positions, sight.key_positions[keys], sight.expiry[keys])
-        parts.append(op.lifetime_forward(q, k[keys], v[keys], part, score))
-    merged = op.merge(op.merge(parts[0], parts[1], normaliser), parts[2], normaliser)
-    for a, e in zip(merged, whole):
-        assert_close(a, e, "fp64")
-
-
 def test_wrong_calls_are_refused():
     q, k, v = (torch.zeros(2, 20, h, 8) for h in (4, 2, 2))
     positions = positions_of((20,))
@@ -354,12 +376,15 @@ def test_wrong_calls_are_refused():
             flash_lifetime(*arguments)
     with pytest.raises(ValueError, match="normaliser 'max'"):
         flash_lifetime(q, k, v, normaliser="max")
-    with pytest.raises(ValueError, match="key_bias must be fp32"):
-        flash_lifetime(q, k, v, key_bias=torch.zeros(2, 20))
+    for name, shape in (("key_bias", (2, 20)), ("slope", (2,))):
+        with pytest.raises(ValueError, match=f"{name} must be fp32"):
+            flash_lifetime(q, k, v, **{name: torch.zeros(shape)})
     for blocks, size, message in (
-        (torch.zeros(1, 3, 2, dtype=torch.int32), 24, "block_size 24"),
+        (torch.zeros(1, 3, 2, dtype=torch.int32), 0, "block_size 0: must be at least 1"),
         (torch.zeros(1, 9, 2, dtype=torch.int32), 16, "blocks must be"),
         (torch.zeros(1, 3, 0, dtype=torch.int32), 16, "at least one entry"),
     ):
         with pytest.raises(ValueError, match=message):
             flash_blocklist(q, k, v, blocks, size)
+    with launching.recording("sm_90"), pytest.raises(ValueError, match="block_size 24: Triton"):
+        flash_blocklist(q, k, v, torch.zeros(1, 2, 2, dtype=torch.int32), 24)

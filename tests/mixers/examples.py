@@ -6,6 +6,8 @@ A kind without an entry here is tested with its defaults, at width 16.
 from longctx.mixers import MixerConfig, Place
 from longctx.mixers.aaren import AarenConfig
 from longctx.mixers.agent import AgentConfig
+from longctx.mixers.bilevel import BilevelConfig
+from longctx.mixers.combiner import CombinerConfig
 from longctx.mixers.deep_titans import DeepTitansConfig
 from longctx.mixers.delta import DeltaNetConfig, GDNConfig, KDAConfig
 from longctx.mixers.dma import DMAConfig
@@ -14,6 +16,7 @@ from longctx.mixers.favor import FavorConfig
 from longctx.mixers.flowformer import FlowformerConfig
 from longctx.mixers.gla import GLAConfig
 from longctx.mixers.hgrn2 import HGRN2Config
+from longctx.mixers.landmark import LandmarkConfig
 from longctx.mixers.linear import LinearConfig
 from longctx.mixers.lla import LLAConfig
 from longctx.mixers.lte import LTEConfig
@@ -153,12 +156,12 @@ VARIANTS: dict[str, dict[str, MixerConfig]] = {
     "neighbourhood": {"default": NeighbourhoodConfig(num_heads=2, window=11, stride=4)},
     "dma": {
         "default": DMAConfig(num_heads=4, num_kv_heads=2, capacity=7, window=3),
-        "one-key": DMAConfig(num_heads=2, head_dim=3, capacity=1, window=1),
+        "no-window": DMAConfig(num_heads=2, head_dim=3, capacity=12, window=1),
     },
     "lte": {
         "default": LTEConfig(num_heads=4, num_kv_heads=2, head_dim=8, capacity=6, window=9, sinks=2)
     },
-    "nats": {"default": NATSConfig(num_heads=4, num_kv_heads=2, window=5)},
+    "nats": {"default": NATSConfig(num_heads=4, num_kv_heads=2, window=8)},
     "power": {"default": PowerConfig(num_heads=4, num_kv_heads=1, block=16, window_blocks=1)},
     "strided": {"default": StridedConfig(num_heads=2, block=16, local_blocks=1, stride=2)},
     "mta": {
@@ -216,8 +219,8 @@ VARIANTS: dict[str, dict[str, MixerConfig]] = {
         ),
         "gated": SumConfig(
             parts={
-                "memory": GLAConfig(num_heads=2, head_dim=3, token_shift=True),
-                "near": SoftmaxConfig(num_heads=2, window=9),
+                "memory": GLAConfig(num_heads=4, head_dim=3, token_shift=True),
+                "near": SoftmaxConfig(num_heads=4, window=9),
             },
             gated=True,
         ),
@@ -236,7 +239,7 @@ VARIANTS: dict[str, dict[str, MixerConfig]] = {
             num_heads=3,
             head_dim=4,
             block=8,
-            num_blocks=3,
+            num_blocks=4,
             compress_block=4,
             compress_stride=4,
             compression="mean",
@@ -250,10 +253,9 @@ VARIANTS: dict[str, dict[str, MixerConfig]] = {
         "default": ScatterbrainConfig(num_heads=4, num_kv_heads=2, window=9),
         "few-features": ScatterbrainConfig(num_heads=2, head_dim=3, window=1, num_features=4),
     },
-    "scatterbrain": {
-        "default": ScatterbrainConfig(num_heads=4, num_kv_heads=2, window=9),
-        "few-features": ScatterbrainConfig(num_heads=2, head_dim=3, window=1, num_features=4),
-    },
+    "combiner": {"default": CombinerConfig(num_heads=4, num_kv_heads=2, block=5)},
+    "landmark": {"default": LandmarkConfig(num_heads=4, num_kv_heads=2, block=5)},
+    "bilevel": {"default": BilevelConfig(num_heads=4, num_kv_heads=2, block=5, num_blocks=2)},
     "moh": {
         "softmax": MoHConfig(
             inner=SoftmaxConfig(num_heads=4, num_kv_heads=2), shared_heads=1, active_heads=2

@@ -133,7 +133,7 @@ WRONG = {
     "sigmoid_length": ({"sigmoid_length": 9}, "leave it out"),
     "sink": ({"sink": True, "normaliser": "sigmoid"}, "leave it out"),
     "bias": ({"bias": "alibi", "normaliser": "signed"}, "choose none"),
-    "temperature": ({"temperature": "ssa", "normaliser": "softplus"}, "choose none"),
+    "temperature": ({"temperature": "ssa", "normaliser": "reweighted"}, "choose none"),
     "num_heads": ({"num_heads": 16, "normaliser": "softplus"}, "at least 2"),
 }
 

@@ -7,6 +7,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from longctx.mixers import Mixer, MixerConfig
+from longctx.mixers.attention import SparseConfig
+from longctx.mixers.evicting import EvictingConfig
 from longctx.mixers.linear import LinearConfig
 from longctx.mixers.moh import MoHConfig
 from longctx.mixers.softmax import SoftmaxConfig
@@ -38,7 +40,7 @@ MORE = {
 LAYERS = (
     LinearConfig(num_heads=4),
     _WINDOWED,
-    MoHConfig(inner=_GROUPED, active_heads=2, router_noise=0.5),
+    MoHConfig(inner=replace(_GROUPED, reuses="values"), active_heads=2, router_noise=0.5),
 )
 
 
@@ -110,7 +112,8 @@ def transport_of(subject: str, setting: Setting) -> str:
     if "halo" in verbs and not verbs & {"prefix", "handoff"}:
         words.append("halo")
     by_heads = "stream" in verbs or any(map(_has_window, layers))
-    if transports.heads > 1 and by_heads and "fetch" not in verbs:
+    takes_part = any(not isinstance(c, SparseConfig) for c in layers)
+    if transports.heads > 1 and by_heads and takes_part:
         words.append("heads")
     return " + ".join(words)
 
@@ -166,11 +169,19 @@ def all_cases() -> list[Case]:
 
 
 def scaled(config: MixerConfig, length: int) -> MixerConfig:
-    """The config with a window that hides the same share of a sequence of any length."""
+    """The config with a window and survivors that hide the same share of any sequence."""
     if hasattr(config, "inner"):
         return replace(config, inner=scaled(config.inner, length))
-    window = getattr(config, "window", 0)
-    return replace(config, window=round(window * length / STATED_LENGTH)) if window > 1 else config
+    names = ("window", "capacity") if isinstance(config, EvictingConfig) else ("window",)
+    sizes = {name: getattr(config, name, 0) for name in names}
+    grown = {name: round(n * length / STATED_LENGTH) for name, n in sizes.items() if n > 1}
+    return replace(config, **grown)
+
+
+def shown(config: MixerConfig) -> int:
+    """Keys that a query sees at most; 0 if that is not limited."""
+    survivors = config.capacity if isinstance(config, EvictingConfig) else 0
+    return getattr(config, "window", 0) + survivors
 
 
 def documents_of(layout: str, placement: Placement) -> Documents:
