@@ -171,6 +171,8 @@ class Mixer(nn.Module, ABC):
     num_heads: int
     causal_selection: bool = True
     """False if which tokens take part at i can depend on tokens after i."""
+    has_heads: bool = True
+    """Whether core gives an output of each head for each token."""
 
     @abstractmethod
     def project(self, x_BTD: Tensor, view: SequenceView) -> Any:

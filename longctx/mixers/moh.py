@@ -68,7 +68,13 @@ class MoHConfig(MixerConfig, kind="moh"):
             if getattr(self, name) < 0:
                 raise InputError(f"{where}.{name} = {getattr(self, name)}: must not be negative")
         with torch.device("meta"):
-            num_heads = self.inner.build(Place(width, 0, 1)).num_heads
+            inner = self.inner.build(Place(width, 0, 1))
+        num_heads = inner.num_heads
+        if not inner.has_heads:
+            raise InputError(
+                f"{where}.inner.kind = {self.inner.kind!r}: has no output of each head for each "
+                "token to route; take another"
+            )
         if self.shared_heads < 0 or self.shared_heads >= num_heads:
             raise InputError(
                 f"{where}.shared_heads = {self.shared_heads}: must be at least 0 and below the "

@@ -138,6 +138,8 @@ class MosaParts(NamedTuple):
 class Mosa(Mixer):
     """See the module's docstring. Its core gives slots, `[H, E, V]`."""
 
+    has_heads = False
+
     def __init__(self, config: MosaConfig, place: Place):
         super().__init__()
         self.config, self.num_heads, self.rule = config, config.num_heads, config.rule

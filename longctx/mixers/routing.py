@@ -112,6 +112,7 @@ class RoutingParts(NamedTuple):
 class Routing(Mixer):
     """See the module's docstring."""
 
+    has_heads = False
     centroid_HCK: Tensor
 
     def __init__(self, config: RoutingConfig, place: Place):

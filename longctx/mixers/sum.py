@@ -68,6 +68,8 @@ class Summands(NamedTuple):
 class Sum(Mixer):
     """See the module's docstring. Its core gives what those of the parts do, as a tuple."""
 
+    has_heads = False
+
     def __init__(self, config: SumConfig, place: Place):
         super().__init__()
         self.parts = nn.ModuleDict({n: part.build(place) for n, part in config.parts.items()})

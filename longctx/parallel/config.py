@@ -64,7 +64,7 @@ def resolve(
 ) -> Split:
     """Settles `auto`, and refuses what these layers cannot do on this many processes."""
     dp = _replicas(config, processes)
-    sees_all = any({"stream", "gather"} & layer.verbs() for layer in layers)
+    sees_all = any({"stream", "gather", "select", "means"} & layer.verbs() for layer in layers)
     placement = config.placement
     if placement == "auto":
         mirrored = config.heads % 2 == 0 and config.heads < config.sp

@@ -8,6 +8,7 @@ import torch
 from longctx.errors import InputError
 from longctx.mixers.linear import LinearConfig
 from longctx.mixers.moh import MoHConfig
+from longctx.mixers.mosa import MosaConfig
 from longctx.mixers.softmax import SoftmaxConfig
 from longctx.sequence.ledger import Ledger
 from longctx.sequence.local import LocalView
@@ -198,3 +199,9 @@ def test_what_cannot_be_built_is_refused(config, words):
 def test_chosen_heads_need_no_group_that_divides_the_heads():
     assert replace(LEARNED, compute="routed").refusal(Transports(heads=3)) == ""
     assert "inner.num_heads" in LEARNED.refusal(Transports(heads=3))
+
+
+def test_heads_that_are_not_there_cannot_be_routed():
+    config = MoHConfig(inner=MosaConfig(num_heads=4), active_heads=2)
+    with pytest.raises(InputError, match=r"moh\.inner\.kind = 'mosa': has no output of each head"):
+        config.check(16, "moh")

@@ -9,7 +9,7 @@ from longctx.sequence.sharded import Transports
 from tests.sequence.cases import DOCUMENTS, Case, Setting
 from tests.sequence.delta_cases import DELTA_CASES
 from tests.sequence.gate_cases import GATE_CASES
-from tests.sequence.mixer_cases import HEADS, MIXER_CASES
+from tests.sequence.mixer_cases import CONFIGS, MIXER_CASES
 from tests.sequence.pairwise import pairwise_cover
 from tests.sequence.verb_cases import CASES, HEAD_TRADE
 
@@ -41,7 +41,8 @@ def is_legal(ranks: int, choice: dict) -> bool:
         return False
     if choice["prefix"] == "ulysses" and heads == 1:
         return False
-    return HEADS[choice["mixer"]] % heads == 0
+    transports = Transports(choice["prefix"], choice["stream"], heads, choice["gather_heads"])
+    return not CONFIGS[choice["mixer"]].refusal(transports)
 
 
 @functools.cache
@@ -125,7 +126,7 @@ def scattered_jobs() -> list[Job]:
         Job(MIXER_CASES[name], Setting(2, "zigzag", t), ((0, 2), (1, 3)))
         for name in chosen
         for t in transports
-        if HEADS[name] % t.heads == 0
+        if not CONFIGS[name].refusal(t)
     ]
 
 

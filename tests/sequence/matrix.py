@@ -28,6 +28,8 @@ STREAMS = (("allgather", 0), ("allgather", 1), ("ring", 0))
 LENGTHS = (96, 63, 1001)
 LAYOUTS = ("one document", "packed", "length 1", "unreached ranks")
 STATED_LENGTH = 96
+WORDS = ("gather", "handoff", "fetch", "survivors", "means", "select")
+"""Verbs that have one transport."""
 DECODER = "whole model"
 
 _WINDOWED = SoftmaxConfig(num_heads=4, num_kv_heads=2, window=20)
@@ -108,7 +110,7 @@ def transport_of(subject: str, setting: Setting) -> str:
         words.append(f"prefix {transports.prefix}")
     if "stream" in verbs:
         words.append(f"stream {transports.stream}")
-    words += [verb for verb in ("gather", "handoff", "fetch") if verb in verbs]
+    words += [verb for verb in WORDS if verb in verbs]
     if "halo" in verbs and not verbs & {"prefix", "handoff"}:
         words.append("halo")
     by_heads = "stream" in verbs or any(map(_has_window, layers))

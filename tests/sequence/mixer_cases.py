@@ -33,4 +33,4 @@ def mixer_case(name: str, config: MixerConfig) -> Case:
 
 
 MIXER_CASES = {name: mixer_case(name, config) for name, config in all_variants()}
-HEADS = {name: build(config).num_heads for name, config in all_variants()}
+CONFIGS = dict(all_variants())
