@@ -26,9 +26,9 @@ from longctx.sequence.plan import Plan
 from longctx.sequence.running import wide
 from longctx.sequence.selected import (
     TILE_ELEMENTS,
+    key_blocks,
+    keys_in_blocks,
     selected_blocks_traffic,
-    shelf_of,
-    shelved,
 )
 from longctx.sequence.view import SequenceView
 
@@ -79,8 +79,8 @@ class Landmark(Attention):
     def core(self, projected: AttentionParts, view: SequenceView) -> Tensor:
         q_BTHK, k_BTJK, v_BTJV = projected[:3]
         q_MHK, device, block = q_BTHK.flatten(0, 1), q_BTHK.device, self.config.block
-        shelf = view.plan.once(shelf_of, block, device)
-        k_UJK, v_UJV = shelved(view, (q_BTHK, k_BTJK, v_BTJV), shelf)
+        layout = view.plan.once(key_blocks, block, device)
+        k_UJK, v_UJV = keys_in_blocks(view, (q_BTHK, k_BTJK, v_BTJV), layout)
         outs = []
         for tokens, position_t, keys in view.plan.once(_tiles, block, self.num_heads, device):
             operands = q_MHK[tokens], k_UJK[keys], v_UJV[keys]
@@ -167,10 +167,10 @@ class Landmark(Attention):
 
 def _tiles(plan: Plan, block: int, num_heads: int, device: torch.device) -> tuple[Tile, ...]:
     """All own queries, so many at a time that scores stay few."""
-    shelf, tiles = plan.once(shelf_of, block, torch.device("cpu")), []
+    layout, tiles = plan.once(key_blocks, block, torch.device("cpu")), []
     for piece in plan.pieces:
         begin, end = piece.position - piece.document, piece.stop - piece.start
-        first = int(shelf.blocks_N[shelf.first_M11[piece.start]]) * block
+        first = int(layout.blocks_N[layout.first_M11[piece.start]]) * block
         step = max(1, TILE_ELEMENTS // (num_heads * (begin + end + block)))
         for start in range(0, end, step):
             stop = min(start + step, end)

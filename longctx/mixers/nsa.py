@@ -19,15 +19,14 @@ from torch import Tensor, nn
 
 from longctx.errors import InputError
 from longctx.mixers.attention import Attention, SparseConfig, masked_attention
-from longctx.mixers.base import Place, split_heads
+from longctx.mixers.base import Place, RMSNorm, split_heads
 from longctx.mixers.compression import Compression
 from longctx.sequence.block_sums import Blocks, block_sums_traffic
 from longctx.sequence.expected import Expected, Share, combined
 from longctx.sequence.local import LocalView
-from longctx.sequence.past_blocks import past_blocks_attention
+from longctx.sequence.past_blocks import past_blocks_after, past_blocks_attention
 from longctx.sequence.patterned import patterned_attention, patterned_traffic
 from longctx.sequence.policy import Window
-from longctx.sequence.running import wide
 from longctx.sequence.selected import (
     Choice,
     Tile,
@@ -133,13 +132,15 @@ class NSA(Attention):
             both = 2 * self.num_kv_heads * self.size
             self.more_keys = nn.Linear(place.width, both, bias=False)
             self.more_values = nn.Linear(place.width, both, bias=False)
+            self.more_norm = RMSNorm(self.size) if config.qk_norm else nn.Identity()
 
     def project(self, x_BTD: Tensor, view: SequenceView) -> NSAParts:
         q_BTHK, k_BTJK, v_BTJV, gate_BTHV = self.attention_parts(x_BTD, view)
         pairs: list[Pair] = [(k_BTJK, v_BTJV)] * 3
         if self.config.branch_keys == "own":
             heads = 2 * self.num_kv_heads
-            keys = self._rotate(self.key_norm(split_heads(self.more_keys(x_BTD), heads)), view)
+            keys = self.more_norm(split_heads(self.more_keys(x_BTD), heads))
+            keys = self._rotate(keys, view)
             values = split_heads(self.more_values(x_BTD), heads)
             pairs[1:] = zip(keys.type_as(values).chunk(2, 2), values.chunk(2, 2))
         mix_BTHN = split_heads(self.mix(x_BTD), self.num_heads)
@@ -162,8 +163,7 @@ class NSA(Attention):
         return far, chosen, near
 
     def _mixed(self, branches: tuple[Tensor, ...], mix_BTHN: Tensor) -> Tensor:
-        weights = mix_BTHN.sigmoid().unsqueeze(-1).unbind(-2)
-        return sum(w * y for w, y in zip(weights, branches))  # type: ignore[return-value]
+        return (mix_BTHN.sigmoid()[..., None] * torch.stack(branches, -2)).sum(-2)
 
     def _selection(
         self, q_BTHK: Tensor, k_UJK: Tensor, lse_BTH: Tensor, view: SequenceView
@@ -242,29 +242,19 @@ class NSA(Attention):
         total, device = after.selected[0].shape[1], q_BTHK.device
         position_T = torch.arange(total - q_BTHK.shape[1], total, device=device)
         k_BmJK, v_BmJV = after.compressed
-        last_m = torch.arange(k_BmJK.shape[1], device=device) * self.compress.stride
-        seen_Tm = last_m + self.compress.block - 1 <= position_T[:, None]
-        far = masked_attention(q_BTHK, k_BmJK, v_BmJV, seen_Tm[None])
-        blocks = self._blocks_after(q_BTHK, k_BmJK, seen_Tm, position_T)
+        stride, own_T = self.compress.stride, position_T // config.block
+        last_m = torch.arange(k_BmJK.shape[1], device=device) * stride + self.compress.block - 1
+        far, lse = past_blocks_after((q_BTHK, k_BmJK, v_BmJV), last_m, total, config.computes_with)
+        earlier = (total - 1) // config.block
+        keys = k_BmJK[:, : earlier * config.block // stride]
+        where = position_T, config.block, earlier
+        blocks = best(self.compress.importance(q_BTHK, keys, lse, where), own_T, self.choice)
         operands = q_BTHK, *after.selected
         chosen = selected_after(operands, blocks, config.block, config.computes_with)
         key_U = torch.arange(total - after.near[0].shape[1], total, device=device)
         seen_TU = (key_U <= position_T[:, None]) & (key_U > position_T[:, None] - config.window)
         near = masked_attention(q_BTHK, *after.near, seen_TU[None])
         return self._mixed((far, chosen, near), projected.mix_BTHN), self._kept(after)
-
-    def _blocks_after(
-        self, q_BTHK: Tensor, k_BmJK: Tensor, seen_Tm: Tensor, position_T: Tensor
-    ) -> Tensor:
-        own_T = position_T // self.config.block
-        blocks = int(own_T[-1])
-        key_heads = k_BmJK.repeat_interleave(self.num_heads // self.num_kv_heads, 2)
-        score_BHTm = wide(q_BTHK).transpose(1, 2) @ wide(key_heads).permute(0, 2, 3, 1)
-        score_BHTm = (score_BHTm * self.size**-0.5).masked_fill(~seen_Tm, -torch.inf)
-        lse_BTH = score_BHTm.logsumexp(-1).transpose(1, 2)
-        keys = k_BmJK[:, : blocks * self.config.block // self.compress.stride]
-        where = position_T, self.config.block, blocks
-        return best(self.compress.importance(q_BTHK, keys, lse_BTH, where), own_T, self.choice)
 
     def _after(self, projected: NSAParts, memory: Remembered | None) -> Remembered:
         """All that these tokens may see."""

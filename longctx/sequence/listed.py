@@ -9,7 +9,7 @@ from torch import Tensor
 from longctx.sequence.block_sums import lay
 from longctx.sequence.patterned import LARGEST, Operands
 from longctx.sequence.plan import Plan
-from longctx.sequence.selected import Shelf, shelf_of, shelved
+from longctx.sequence.selected import KeyBlocks, key_blocks, keys_in_blocks
 from longctx.sequence.view import SequenceView
 
 
@@ -28,7 +28,7 @@ class QueryBlocks(NamedTuple):
     """Place of each own token."""
     coordinates_N: Tensor
     key_coordinates_U: Tensor
-    """Of places on the shelf of keys."""
+    """Of places in blocks of keys."""
 
 
 @torch.compiler.disable
@@ -39,17 +39,17 @@ def listed_blocks_attention(
     its queries in the blocks of their document that it lists; -1 is none."""
     q_BTHK = operands[0]
     shape, device = q_BTHK.shape[:2], q_BTHK.device
-    shelf: Shelf = view.plan.once(shelf_of, block, device)
+    layout: KeyBlocks = view.plan.once(key_blocks, block, device)
     queries: QueryBlocks = view.plan.once(query_blocks, block, device)
-    k_UJK, v_UJV = shelved(view, operands, shelf)
-    here_ML = shelf.blocks_N[(blocks_ML + queries.first_M[:, None]).clamp(min=0)]
+    k_UJK, v_UJV = keys_in_blocks(view, operands, layout)
+    here_ML = layout.blocks_N[(blocks_ML + queries.first_M[:, None]).clamp(min=0)]
     out, lse = flash_blocklist(
         lay(q_BTHK.flatten(0, 1), queries.tokens_N, queries.places_T1)[None],
         k_UJK[None],
         v_UJV[None],
         here_ML.masked_fill(blocks_ML < 0, -1).int()[None],
         block,
-        expiry=torch.where(shelf.items_U < 0, 0, LARGEST).int()[None],
+        expiry=torch.where(layout.items_U < 0, 0, LARGEST).int()[None],
         query_positions=queries.coordinates_N[None],
         key_positions=queries.key_coordinates_U[None],
         backend=backend,
@@ -60,13 +60,13 @@ def listed_blocks_attention(
 
 def query_blocks(plan: Plan, block: int, device: torch.device) -> QueryBlocks:
     """Of a plan's own tokens."""
-    shelf: Shelf = plan.once(shelf_of, block, torch.device("cpu"))
-    own_T = shelf.queries_M.long()
+    layout: KeyBlocks = plan.once(key_blocks, block, torch.device("cpu"))
+    own_T = layout.queries_M.long()
     numbers_M = (own_T // block).unique()
     places_T = torch.searchsorted(numbers_M, own_T // block) * block + own_T % block
     tokens_N = torch.full((len(numbers_M) * block,), -1)
     tokens_N[places_T] = torch.arange(len(own_T))
-    first_T, inner_N = shelf.first_M11[:, 0, 0], torch.arange(block)
+    first_T, inner_N = layout.first_M11[:, 0, 0], torch.arange(block)
     first_M = torch.empty_like(numbers_M)
     first_M[places_T // block] = first_T
     found = {(p.row, p.document): int(first_T[p.start]) for p in plan.pieces}
@@ -74,7 +74,7 @@ def query_blocks(plan: Plan, block: int, device: torch.device) -> QueryBlocks:
         (document, slice(*torch.searchsorted(first_M, torch.tensor([first, first + 1])).tolist()))
         for document, first in found.items()
     )
-    keys_n = (shelf.blocks_N >= 0).nonzero()
+    keys_n = (layout.blocks_N >= 0).nonzero()
     return QueryBlocks(
         documents,
         (numbers_M - first_M).to(device),

@@ -122,7 +122,7 @@ def _tiles(
     return few_ML[:, None].expand(-1, key_heads, -1).to(device), tuple(tiles)
 
 
-class Shelf(NamedTuple):
+class KeyBlocks(NamedTuple):
     """Own and fetched tokens in blocks of their documents."""
 
     items_U: Tensor
@@ -149,18 +149,18 @@ def selected_blocks_attention(
     """(out `[B, T, H, V]`, lse `[B, T, H]`) of queries over what comes before them in the blocks of
     their documents that they list; own and earlier ones only, -1 for none."""
     q_BTHK, shape = operands[0], operands[0].shape[:2]
-    shelf = view.plan.once(shelf_of, block, q_BTHK.device)
-    k_UJK, v_UJV = shelved(view, operands, shelf)
+    layout = view.plan.once(key_blocks, block, q_BTHK.device)
+    k_UJK, v_UJV = keys_in_blocks(view, operands, layout)
     blocks_MJL = blocks_BTJL.flatten(0, 1)
-    here_MJL = shelf.blocks_N[(blocks_MJL + shelf.first_M11).clamp(min=0)]
+    here_MJL = layout.blocks_N[(blocks_MJL + layout.first_M11).clamp(min=0)]
     out, lse = selected_block_attention(
         q_BTHK.flatten(0, 1),
         k_UJK,
         v_UJV,
         here_MJL.masked_fill(blocks_MJL < 0, -1),
         block,
-        query_positions_N=shelf.queries_M,
-        key_positions_U=shelf.births_U,
+        query_positions_N=layout.queries_M,
+        key_positions_U=layout.births_U,
         backend=backend,
     )
     return out.unflatten(0, shape), lse.unflatten(0, shape)
@@ -171,17 +171,19 @@ def selected_blocks_traffic(share: Share, sizes: Sizes) -> Expected:
     return fetch_traffic(share, Full(), sizes.key_heads * (sizes.key_dim + sizes.value_dim))
 
 
-def shelved(view: SequenceView, operands: Operands, shelf: Shelf) -> tuple[Tensor, Tensor]:
+def keys_in_blocks(
+    view: SequenceView, operands: Operands, layout: KeyBlocks
+) -> tuple[Tensor, Tensor]:
     """Keys and values of own tokens and of those before them in their documents."""
     _, k_BTJK, v_BTJV = operands
     routes = view.plan.once(Routes, Full())
     pairs_MJD = torch.cat((k_BTJK, v_BTJV), -1).flatten(0, 1)
     pairs_IJD = fetch(pairs_MJD, routes, view.wire(VERB))
-    pairs_UJD = lay(pairs_IJD, shelf.items_U, shelf.places_I1)
+    pairs_UJD = lay(pairs_IJD, layout.items_U, layout.places_I1)
     return pairs_UJD.split((k_BTJK.shape[-1], v_BTJV.shape[-1]), -1)
 
 
-def shelf_of(plan: Plan, block: int, device: torch.device) -> Shelf:
+def key_blocks(plan: Plan, block: int, device: torch.device) -> KeyBlocks:
     """For the items that `Full` fetches."""
     _, row, position = plan.once(Routes, Full()).places
     coordinates = block_places(plan, block, row, position)
@@ -194,7 +196,7 @@ def shelf_of(plan: Plan, block: int, device: torch.device) -> Shelf:
     blocks_N[numbers] = torch.arange(len(numbers))
     queries_M = coordinates[: plan.rows * plan.length]
     first_M = (queries_M - plan.positions_BT.flatten()) // block
-    return Shelf(
+    return KeyBlocks(
         items_U.to(device),
         places[:, None].to(device),
         births_U.to(device, torch.int32),

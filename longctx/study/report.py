@@ -10,7 +10,15 @@ from typing import Any
 from longctx.errors import OutsideError
 from longctx.study.design import Study
 
-FIGURES = ("val_accuracy", "val_loss", "parameters", "tokens", "seconds", "tokens_per_second")
+FIGURES = (
+    "val_accuracy",
+    "val_loss",
+    "parameters",
+    "tokens",
+    "seconds",
+    "tokens_per_second",
+    "cache_bytes_per_token",
+)
 LABELS = {"val_accuracy": "accuracy on held-out data", "val_loss": "loss on held-out data (nats)"}
 
 

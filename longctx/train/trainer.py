@@ -13,6 +13,7 @@ import torch
 from longctx.config import to_dict
 from longctx.data import Loader, Loaders, build_loaders
 from longctx.errors import InputError
+from longctx.model.cache import cache_bytes
 from longctx.model.decoder import Decoder, Losses, initialise
 from longctx.parallel import Mesh, Split, resolve, world_size
 from longctx.train import checkpoint
@@ -259,6 +260,15 @@ class Trainer:
             log.info(f"resumed at step {self.progress.step}")
         return log
 
+    @torch.no_grad()
+    def _cache_bytes_per_token(self) -> float | None:
+        """What generation remembers of a whole sequence; not asked of one that is split."""
+        if self.mesh.split.sp > 1:
+            return None
+        tokens_BT = self.loaders.validation.batch(0).tokens_BT[:1].to(self.device)
+        cached = cache_bytes(self.model.eval(), tokens_BT)
+        return cached / tokens_BT.shape[1] if cached is not None else None
+
     def _conclude(self, log: MetricsLog | SilentLog) -> None:
         """Writes the summary and the picture."""
         folder, progress = self.settings.run.path, self.progress
@@ -274,6 +284,7 @@ class Trainer:
             "seconds": progress.seconds,
             "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
             "parameters": self.model.num_parameters(),
+            "cache_bytes_per_token": self._cache_bytes_per_token(),
             "precision": self.precision,
             "device": self.device.type,
             "processes": self.mesh.size,
