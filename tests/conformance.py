@@ -146,8 +146,15 @@ def _grouped(
             cells = tuple((c[0][0], frozenset().union(*(r for _, r in c))) for c in columns)
             verb, _, way = transport.partition(" ")
             merged.setdefault((verb, cells), []).append(way)
-        own = [(f"{verb} {', '.join(ways)}".strip(), c) for (verb, c), ways in merged.items()]
+        own = [(_ways(verb, ways), c) for (verb, c), ways in merged.items()]
         yield ("; " if any("," in name for name in names) else ", ").join(names), own
+
+
+def _ways(verb: str, ways: list[str]) -> str:
+    """A verb and how it travels; written out where one of the ways adds nothing to it."""
+    if "" in ways:
+        return ", ".join(f"{verb} {way}".strip() for way in ways)
+    return f"{verb} {', '.join(ways)}"
 
 
 def _cell(cell: Cell, numbers: dict[str, str]) -> str:
