@@ -8,6 +8,8 @@ import torch.distributed as dist
 
 from tests.dist import run_gloo
 
+pytestmark = pytest.mark.alone
+
 
 def add_up(rank: int, start: float) -> float:
     x = torch.tensor(start + rank)

@@ -111,7 +111,7 @@ def subject_of(
     kept = kernels[kernel]
     try:
         kernels[kernel] = Watched(kept)
-        for dtype, call in itertools.product(SIZES, calls()):
+        for call, dtype in itertools.product(calls(), SIZES):
             subject = Subject(call, int(size), dtype)
             with recording(architecture):
                 subject.on("meta")()

@@ -12,6 +12,7 @@ from longctx.mixers.power import PowerConfig
 from longctx.mixers.s2 import S2Config
 from longctx.mixers.softmax import SoftmaxConfig
 from longctx.mixers.sparse_transformer import FixedConfig, StridedConfig
+from longctx.sequence.expected import WIDTHS, Share
 from longctx.sequence.ledger import Ledger
 from longctx.sequence.local import LocalView
 from longctx.sequence.placement import place
@@ -120,3 +121,23 @@ def test_dynamic_masks_start_as_windows():
     window.load_state_dict(dynamic.state_dict(), strict=False)
     x_BTD = example_input(1, 50)
     assert_close(dynamic(x_BTD).out, window(x_BTD).out, "fp64")
+
+
+@pytest.mark.parametrize(("placement", "segments"), [("contiguous", 1), ("zigzag", 2)])
+def test_what_survives_travels_in_a_number_that_does_not_depend_on_the_length(placement, segments):
+    """From every other segment the best of each head: key, value, score and position."""
+    ranks, rows = 4, 3
+    config = LTEConfig(num_heads=4, num_kv_heads=2, head_dim=8, capacity=6, window=9)
+    mixer, received = config.build(Place(16, 0, 1)), []
+    for length in (96, 960):
+        where = place(placement, ranks, length)
+        share = Share(1, where, rows, Transports(), WIDTHS["bf16"])
+        traffic = mixer.expected_traffic(share)
+        received.append(traffic["survivors", False].received)
+        keys = (ranks - 1) * segments * rows * config.key_heads * config.capacity
+        assert received[-1] == keys * (2 * 8 * 2 + 4 + 8)
+        # The window before each segment, too, with scores, and the convolution's neighbours.
+        before = 2 - (placement == "contiguous")
+        window = before * (config.window - 1) * rows * config.key_heads * (2 * 8 * 2 + 4)
+        assert traffic["fetch", False].received == window
+    assert received[0] == received[1]

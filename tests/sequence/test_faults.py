@@ -16,6 +16,8 @@ from tests.sequence.cases import LAYER, Setting, run_shard
 from tests.sequence.links import gloo_links
 from tests.sequence.mixer_cases import MIXER_CASES
 
+pytestmark = pytest.mark.alone
+
 RANKS = 3
 FAULTY = 1
 TIMEOUT = 2.0

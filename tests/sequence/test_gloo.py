@@ -25,6 +25,8 @@ from tests.sequence.gloo_jobs import (
 from tests.sequence.links import gloo_links
 from tests.tolerances import LARGEST_ERROR, error_of
 
+pytestmark = pytest.mark.alone
+
 WORLDS = (2, 3, 4)
 SAME_SUMS = 1e-12
 """Gloo adds up in another order than the simulator."""

@@ -25,6 +25,8 @@ from longctx.sequence.sharded import Links, ShardedView, Transports
 from longctx.sequence.simulator import Hub, run_ranks
 from tests.sequence.delayed import LocalWork, Log, delayed_links
 
+pytestmark = pytest.mark.alone
+
 RANKS, LENGTH, HEADS, SIZE = 2, 24, 4, 2
 DELAY = 0.15
 LONGER = 1.1 * DELAY

@@ -41,7 +41,7 @@ def by_hand(settings) -> tuple[float, float]:
         batch = loader.read([index], [(0, config.seq_len)])
         x_BTD, view = model.embedding(batch.tokens_BT), LocalView(batch.documents, config.seq_len)
         for block in model.blocks:
-            x_BTD, _ = block(x_BTD, view)
+            x_BTD, *_ = block(x_BTD, view)
         logits_TV, labels_T = model.head(model.norm(x_BTD))[0], batch.labels_BT[0]
         asked = labels_T != IGNORE
         correct += (logits_TV.argmax(-1) == labels_T)[asked].tolist()

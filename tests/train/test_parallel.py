@@ -9,6 +9,8 @@ from longctx.errors import InputError
 from longctx.train.trainer import prepare, train
 from tests.train.processes import exit_codes, run, start
 
+pytestmark = pytest.mark.alone
+
 STEPS = {"train__steps": 20, "train__seq_len": 63, "train__batch_size": 2}
 DOUBLE = STEPS | {"train__precision": "fp64"}
 SPLITS = {
