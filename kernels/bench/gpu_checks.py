@@ -14,6 +14,7 @@ from longctx_kernels.delta_attention import delta_attention, delta_attention_ref
 from longctx_kernels.launch import is_interpreted
 from longctx_kernels.lifetime_attention import NORMALISERS, flash_lifetime
 from longctx_kernels.norm_gate import ACTIVATIONS, norm_gate, norm_gate_reference
+from longctx_kernels.selected_blocks import selected_block_attention
 from longctx_kernels.selected_rows import gather_rows, scatter_rows
 from longctx_kernels.short_convolution import short_convolution, short_convolution_reference
 from torch import Tensor
@@ -155,12 +156,14 @@ def problems(device: torch.device, tiny: bool) -> list[Callable[[torch.dtype], P
     shown = ("softmax", "sigmoid") if tiny else NORMALISERS
     made += [
         partial(_lifetime, sight, normaliser, (T, D), device)
-        for sight in (*sights, "sinks", "ranges", "biases")
+        for sight in (*sights, "sinks", "ranges", "biases", "slopes")
         for normaliser in shown
         for D in sizes
         if D in (small, *wide.get((sight, normaliser), ()))
     ]
     made += [partial(_blocklist, normaliser, (T, small), device) for normaliser in shown]
+    groups = (1, 3) if tiny else (1, 3, 16)
+    made += [partial(_selected_blocks, group, (T, small), device) for group in groups]
     return made if tiny else [*made, partial(_blocklist, "softmax", (T, 128), device)]
 
 
@@ -314,6 +317,8 @@ def _lifetime(sight: str, normaliser: str, size, device, dtype) -> Problem:
         inputs["key_bias"] = _random(B, U, H, dtype=torch.float32, device=device)
         inputs["query_bias"] = _random(B, T, H, dtype=torch.float32, device=device)
     fixed = {"normaliser": normaliser, "expiry": _expiry(sight, B, U, J, device)}
+    if sight == "slopes":
+        fixed["slope"] = torch.tensor([0.7, 0.5, 0.01, 0.0], device=device)
     if sight == "ranges":
         # Keys of one part of a sequence, met by queries of a later part.
         fixed["query_positions"] = torch.arange(T, dtype=torch.int32, device=device)[None] + U // 2
@@ -361,6 +366,34 @@ def _blocklist(normaliser: str, size, device, dtype) -> Problem:
         return {"out": out, "lse": lse.masked_fill(lse == -torch.inf, 0.0)}
 
     return Problem("blocklist", f"{normaliser}, T{T} H{H}/{J} D{D}", inputs, call)
+
+
+def _selected_blocks(group: int, size, device, dtype) -> Problem:
+    (T, D), J = size, 2
+    block_size = 16 if T < 128 else 64
+    count = -(-T // block_size)
+    inputs = {
+        name: _random(tokens, heads, D, dtype=dtype, device=device)
+        for name, tokens, heads in (
+            ("q", T, J * group),
+            ("k", count * block_size, J),
+            ("v", count * block_size, J),
+        )
+    }
+    position = torch.arange(count * block_size, dtype=torch.int32, device=device)
+    blocks = torch.randint(-1, count, (T, J, 3), device=device)
+    blocks = torch.cat((blocks, (position[:T] // block_size)[:, None, None].expand(-1, J, 1)), -1)
+
+    def call(x: Tensors, backend: str) -> Tensors:
+        out, lse = selected_block_attention(
+            *(x["q"], x["k"], x["v"], blocks, block_size),
+            query_positions_N=position[:T],
+            key_positions_U=torch.where(position < T, position, NEVER),
+            backend=backend,
+        )
+        return {"out": out, "lse": lse}
+
+    return Problem("selected blocks", f"T{T} H{J * group}/{J} D{D}", inputs, call)
 
 
 def _random(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -21,13 +21,14 @@ NOMINAL = {
     "1b-lasp2h": (128256, 1.4),
     "gdn-h1": (32000, 1.3),
     "gdn-h2": (32000, 1.3),
+    "lalte": (32000, 1.4),
     "nemotron-h-8b": (131072, 8.1),
     "olmo-hybrid-7b": (100352, 7.4),
     "samba": (32000, 1.3),
     "titans-mag": (32000, 0.4),
 }
 """Vocabulary and published size in billions of weights, where the whole model is built."""
-RECIPES = sorted({*NOMINAL, "kimi-linear", "minimax", "qwen3-next"})
+RECIPES = sorted({*NOMINAL, "kimi-linear", "lansa", "minimax", "qwen3-next"})
 TINY = {
     "num_heads": 4,
     "num_kv_heads": 2,
@@ -38,6 +39,11 @@ TINY = {
     "num_groups": 2,
     "window": 16,
     "persistent": 2,
+    "block": 8,
+    "num_blocks": 3,
+    "compress_block": 8,
+    "compress_stride": 8,
+    "capacity": 8,
 }
 """Values for fields that are not 0, at width 32."""
 
