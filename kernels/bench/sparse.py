@@ -43,7 +43,7 @@ LAYERS: dict[str, dict[str, Any]] = {
     "sla": {"kind": "sla"},
     "combiner": {"kind": "combiner"},
     "bilevel": {"kind": "bilevel"},
-    "mosa, 1/16": {"kind": "mosa", "sparsity": 16, "num_heads": 16},
+    "mosa, 1/16": {"kind": "mosa", "sparsity": 16, "num_heads": 16, "head_dim": 64},
 }
 
 

@@ -179,13 +179,37 @@ def forward(operands: Operands, sight: Sight, score: Score, wide: bool) -> tuple
         lse_TH.fill_(-torch.inf)
     for tile in _tiles(sight, operands):
         scores, seen = _tile_scores(tile, operands, sight, score)
-        lse = _log_sum(scores, seen, score.normaliser)
-        weights, _ = _weights(scores, seen, lse, score.normaliser)
         v_JuV = _tile_operands(tile, operands)[2].transpose(0, 1)
-        out_JgV = weights.flatten(1, 2) @ v_JuV
+        if score.normaliser == "softmax":
+            weights, total, lse = _softmax(scores, seen)
+            out_JgV = (weights.flatten(1, 2) @ v_JuV).div_(total.flatten(1, 2))
+        else:
+            lse = _log_sum(scores, seen, score.normaliser)
+            weights, _ = _weights(scores, seen, lse, score.normaliser)
+            out_JgV = weights.flatten(1, 2) @ v_JuV
         out_THV[tile.rows, tile.heads] = _by_token(out_JgV, weights.shape[2])
         lse_TH[tile.rows, tile.heads] = lse.flatten(0, 1).T
     return out_THV if wide else out_THV.to(v_UJV.dtype), lse_TH
+
+
+def _softmax(scores: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights of a tile that holds all keys of its queries, by what they are too large, and lse;
+    overwrites scores."""
+    _hide(scores, seen)
+    top = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(top.masked_fill(top == -torch.inf, 0.0)).exp_()
+    total = weights.sum(-1, keepdim=True)
+    return weights, total.masked_fill(total == 0, 1.0), (top + total.log())[..., 0]
+
+
+def _hide(scores: Tensor, seen: Tensor) -> None:
+    """Overwrites what is not seen with -inf, leaving out keys that all queries see."""
+    shown = seen.flatten(0, -2).all(0).nonzero()[:, 0]
+    first, last = shown[[0, -1]].tolist() if len(shown) else (0, -1)
+    if last - first >= len(shown):
+        first, last = 0, -1
+    for keys in (slice(0, first), slice(last + 1, None)):
+        scores[..., keys].masked_fill_(~seen[..., keys], -torch.inf)
 
 
 def _log_sum(scores: Tensor, seen: Tensor, normaliser: str) -> Tensor:
@@ -202,7 +226,8 @@ def _weights(scores, seen, lse, normaliser: str) -> tuple[Tensor, tuple[Tensor, 
     """Weights of values, and (a, b) such that dscore = a * dweight - b * delta."""
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)[..., None]
     if normaliser == "softmax":
-        weights = slope = drop = (scores.masked_fill(~seen, -torch.inf) - lse).exp()
+        _hide(scores, seen)
+        weights = slope = drop = scores.sub_(lse).exp_()
     elif normaliser == "signed":
         slope = (scores.abs().masked_fill(~seen, -torch.inf) - lse).exp() * (scores != 0)
         weights = drop = slope * scores.sign()
@@ -247,7 +272,10 @@ def backward(
         q_tHK, k_uJK, v_uJV = _tile_operands(tile, operands)
         dout_JgV = _by_key_head(dout_THV[tile.rows, tile.heads], J)
         dweights = (dout_JgV @ v_uJV.permute(1, 2, 0)).view_as(scores)
-        dscores_JGtu = slope * dweights - drop * delta_JGt[..., None]
+        if slope is drop:
+            dscores_JGtu = dweights.sub_(delta_JGt[..., None]).mul_(slope)
+        else:
+            dscores_JGtu = slope * dweights - drop * delta_JGt[..., None]
         dscores_Jgu, weights_Jgu = (x.flatten(1, 2) for x in (dscores_JGtu, weights))
         dq_JgK = dscores_Jgu @ k_uJK.transpose(0, 1) * score.scale
         dq_THK[tile.rows, tile.heads] += _by_token(dq_JgK, len(q_tHK))

@@ -19,8 +19,10 @@ from longctx_kernels.selected_blocks_lists import Selection
 
 TILE_ROWS = 32
 """A product has so many rows or a multiple: query heads that share keys, of several queries."""
-TILE_ELEMENTS = 1 << 17
+TILE_ELEMENTS = 1 << 18
 """Most scores that are laid out at once, unless one tile has more."""
+HEAD_STEP = 4
+"""Heads are filled up to a multiple, or products of a row would depend on its place in a tile."""
 
 Operands = tuple[Tensor, Tensor, Tensor]
 
@@ -58,23 +60,30 @@ def _queries_of_tile(group: int) -> int:
 
 
 def _by_block(x_UJD: Tensor, selection: Selection) -> Tensor:
-    """[J * (key blocks + 1), block size, D]: blocks by key head, behind them one of zeros."""
-    padded_UJD = F.pad(x_UJD, (0, 0, 0, 0, 0, selection.block_size))
+    """[J * (key blocks + 1), block size, padded D] in the wide dtype: blocks by key head, behind
+    them one of zeros."""
+    x_UJD = x_UJD.to(wide_dtype(x_UJD))
+    padded_UJD = F.pad(x_UJD, (0, -x_UJD.shape[2] % HEAD_STEP, 0, 0, 0, selection.block_size))
     x_JnuD = padded_UJD.unflatten(0, (-1, selection.block_size)).permute(2, 0, 1, 3)
     return x_JnuD.flatten(0, 1).contiguous()
 
 
-def _from_blocks(x_nuD: Tensor, like_UJD: Tensor, selection: Selection) -> Tensor:
+def _from_blocks(x_nuD: Tensor, like_UJD: Tensor) -> Tensor:
     """The inverse of `_by_block`, without the block of zeros."""
     _, J, D = like_UJD.shape
-    x_JnuD = x_nuD.view(J, selection.key_blocks + 1, selection.block_size, D)[:, :-1]
+    x_JnuD = x_nuD.unflatten(0, (J, -1))[:, :-1, :, :D]
     return x_JnuD.permute(1, 2, 0, 3).reshape(like_UJD.shape).to(like_UJD.dtype).contiguous()
 
 
 def _by_pair(x_NHD: Tensor, key_heads: int) -> Tensor:
-    """[N * J, G, D] in the wide dtype."""
-    N, H, D = x_NHD.shape
-    return x_NHD.to(wide_dtype(x_NHD)).reshape(N * key_heads, H // key_heads, D)
+    """[N * J, G, padded D] in the wide dtype."""
+    x_NHD = F.pad(x_NHD.to(wide_dtype(x_NHD)), (0, -x_NHD.shape[2] % HEAD_STEP))
+    return x_NHD.reshape(-1, x_NHD.shape[1] // key_heads, x_NHD.shape[2])
+
+
+def _from_pairs(x_MGD: Tensor, heads: int, size: int) -> Tensor:
+    """The inverse of `_by_pair`, [N, H, size]."""
+    return x_MGD.view(-1, heads, x_MGD.shape[-1])[..., :size]
 
 
 def _parts(selection: Selection, group: int) -> Iterator[_Part]:
@@ -103,10 +112,11 @@ def _times(rows_tgK: Tensor, x_Ku: Tensor) -> Tensor:
 def forward(operands: Operands, selection: Selection, scale: float) -> tuple[Tensor, Tensor]:
     """(out [N, H, V], lse [N, H])."""
     q_NHK, k_UJK, v_UJV = operands
-    (N, H, _), J, V = q_NHK.shape, k_UJK.shape[1], v_UJV.shape[-1]
-    G, q_MGK = H // J, _by_pair(q_NHK, J) * scale
-    k_nuK, v_nuV = (_by_block(x.to(q_MGK.dtype), selection) for x in (k_UJK, v_UJV))
-    out_MGV, total_MG1 = q_MGK.new_zeros(N * J, G, V), q_MGK.new_zeros(N * J, G, 1)
+    (N, H, _), V = q_NHK.shape, v_UJV.shape[-1]
+    q_MGK = _by_pair(q_NHK, k_UJK.shape[1]) * scale
+    k_nuK, v_nuV = (_by_block(x, selection) for x in (k_UJK, v_UJV))
+    M, G, _ = q_MGK.shape
+    out_MGV, total_MG1 = q_MGK.new_zeros(M, G, v_nuV.shape[-1]), q_MGK.new_zeros(M, G, 1)
     top_MG1 = torch.full_like(total_MG1, -torch.inf)
     for part in _parts(selection, G):
         scores_tgu = _times(part.tiled(q_MGK), k_nuK[part.block].mT)
@@ -118,7 +128,8 @@ def forward(operands: Operands, selection: Selection, scale: float) -> tuple[Ten
         _merge((top_MG1, total_MG1, out_MGV), part.pairs_m, tuple(part.rows_of(x, G) for x in new))
     lse_MG1 = top_MG1 + total_MG1.log()
     out_MGV /= total_MG1.masked_fill(total_MG1 == 0, 1.0)
-    return out_MGV.view(N, H, V).to(v_UJV.dtype), lse_MG1.view(N, H)
+    out_NHV = _from_pairs(out_MGV, H, V).to(v_UJV.dtype).contiguous()
+    return out_NHV, lse_MG1.view(N, H)
 
 
 def _finite(top: Tensor) -> Tensor:
@@ -148,11 +159,11 @@ def backward(
     J, G = k_UJK.shape[1], q_NHK.shape[1] // k_UJK.shape[1]
     q_MGK, dout_MGV, out_MGV = (_by_pair(x, J) for x in (q_NHK, cotangents[0], results[0]))
     q_MGK = q_MGK * scale
-    dlse_MG1, lse_MG1 = (x.reshape(*q_MGK.shape[:2], 1) for x in (cotangents[1], results[1]))
+    dlse_MG1, lse_MG1 = (x.reshape(-1, G, 1) for x in (cotangents[1], results[1]))
     delta_MG1 = (dout_MGV * out_MGV).sum(-1, keepdim=True) - dlse_MG1
     # What sees nothing has no weights.
     lse_MG1 = lse_MG1.masked_fill(lse_MG1 == -torch.inf, torch.inf)
-    k_nuK, v_nuV = (_by_block(x.to(q_MGK.dtype), selection) for x in (k_UJK, v_UJV))
+    k_nuK, v_nuV = (_by_block(x, selection) for x in (k_UJK, v_UJV))
     dq_MGK, dk_nuK, dv_nuV = (torch.zeros_like(x) for x in (q_MGK, k_nuK, v_nuV))
     for part in _parts(selection, G):
         q_tgK, dout_tgV = part.tiled(q_MGK), part.tiled(dout_MGV)
@@ -167,5 +178,5 @@ def backward(
         dq_MGK.index_add_(0, part.pairs_m, part.rows_of(dq_tgK, G))
         dk_nuK[part.block].addmm_(dscores_tgu.flatten(0, 1).T, q_tgK.flatten(0, 1))
         dv_nuV[part.block].addmm_(weights_tgu.flatten(0, 1).T, dout_tgV.flatten(0, 1))
-    dq_NHK = dq_MGK.mul_(scale).view(q_NHK.shape).to(q_NHK.dtype)
-    return dq_NHK, _from_blocks(dk_nuK, k_UJK, selection), _from_blocks(dv_nuV, v_UJV, selection)
+    dq_NHK = _from_pairs(dq_MGK.mul_(scale), *q_NHK.shape[1:]).to(q_NHK.dtype).contiguous()
+    return dq_NHK, _from_blocks(dk_nuK, k_UJK), _from_blocks(dv_nuV, v_UJV)

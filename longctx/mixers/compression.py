@@ -93,13 +93,13 @@ class Compression(nn.Module):
         size, J = self.key.size, k_mJK.shape[-2]
         with torch.autocast(q_THK.device.type, enabled=False):
             q_JgK = wide(q_THK).unflatten(-2, (J, -1)).movedim(-4, -2).flatten(-3, -2)
-            score_Jgm = q_JgK @ wide(k_mJK).movedim(-3, -1) * size**-0.5
+            score_Jgm = (q_JgK @ wide(k_mJK).movedim(-3, -1)).mul_(size**-0.5)
         score_JGTm = score_Jgm.unflatten(-2, (-1, len(position_T)))
         lse_JGT = lse_TH.unflatten(-1, (J, -1)).movedim(-3, -1)
         last_m = torch.arange(k_mJK.shape[-3], device=position_T.device) * self.stride
         is_past_Tm = last_m + self.block - 1 <= position_T[:, None]
-        weight_JGTm = (score_JGTm - lse_JGT[..., None]).exp()
-        weight_JTm = torch.where(is_past_Tm, weight_JGTm, 0.0).sum(-3)
+        weight_JTm = score_JGTm.sub_(lse_JGT[..., None]).exp_().sum(-3)
+        weight_JTm = torch.where(is_past_Tm, weight_JTm, 0.0)
         overlap, each = self.block // self.stride, block // self.stride
         wide_JTm = F.pad(weight_JTm, (overlap - 1, blocks * each - len(last_m)))
         stretch_JTc = wide_JTm.unfold(-1, overlap, 1).sum(-1)
