@@ -51,11 +51,11 @@ demo: $(STAMPS)/longctx ## train a small hybrid model into runs/demo and sample 
 
 test: $(STAMPS)/dev ## run the tests
 	@echo 'Testing: up to 12 minutes on 2 cores. The last line is the result.'
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not alone'
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not alone'
 	@echo 'Testing what needs the machine for itself'
 	@$(BIN)/python -m pytest -m alone
 	@echo 'Testing the Triton kernels in the interpreter'
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/interpreted
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/interpreted
 
 cluster: $(STAMPS)/dev ## tests on two hosts made of network namespaces; needs root and iproute2
 	@echo 'Testing on two hosts: a few minutes.'

@@ -91,7 +91,7 @@ def test_the_gpu_bench_runs_without_a_gpu_and_judges_nothing(
     assert capsys.readouterr().out.count("no GPU: not judged") == report.count("no GPU: not judged")
     found = json.loads((tmp_path / "cpu.json").read_text())
     ops = {"decay constant", "decay scalar", "decay diagonal", "lifetime", "blocklist"}
-    ops |= {"short convolution", "norm gate", "selected rows"}
+    ops |= {"short convolution", "norm gate", "selected rows", "selected blocks"}
     ops |= {"delta none", "delta scalar", "delta diagonal"}
     assert {check["op"] for check in found["checks"]} == ops
     assert {check["precision"] for check in found["checks"]} == {"bf16", "fp16", "fp32"}

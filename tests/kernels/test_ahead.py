@@ -14,7 +14,7 @@ from longctx_kernels import ahead, tune
 from longctx_kernels import launch as launching
 from longctx_kernels.specimens import Subject, calls, specimens, subject_of
 
-pytestmark = pytest.mark.xdist_group("ahead")  # what is compiled is compiled once
+pytestmark = pytest.mark.alone
 ROOT = Path(__file__).parents[2]
 KERNELS = sorted((ROOT / "kernels" / "longctx_kernels").glob("*.py"))
 WITHOUT_DOT = {
