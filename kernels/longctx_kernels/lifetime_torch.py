@@ -149,7 +149,12 @@ def _tile_operands(tile: _Tile, operands) -> tuple[Tensor, Tensor, Tensor]:
     q_THK, k_UJK, v_UJV = operands
     dtype = wide_dtype(q_THK)
     q_tHK = q_THK[tile.rows, tile.heads].to(dtype)
-    return q_tHK, *(x[tile.columns][:, tile.key_heads].to(dtype) for x in (k_UJK, v_UJV))
+    keys, values = (_rows(x, tile.columns)[:, tile.key_heads].to(dtype) for x in (k_UJK, v_UJV))
+    return q_tHK, keys, values
+
+
+def _rows(x_UJK: Tensor, columns: Tensor | slice) -> Tensor:
+    return x_UJK[columns] if isinstance(columns, slice) else x_UJK.index_select(0, columns)
 
 
 def _by_key_head(x_tHK: Tensor, key_heads: int) -> Tensor:
@@ -166,7 +171,10 @@ def _add(total_UJK: Tensor, columns: Tensor | slice, x_uJK: Tensor) -> None:
     if isinstance(columns, slice):
         total_UJK[columns] += x_uJK
     else:
-        total_UJK.index_add_(0, columns, x_uJK)
+        # Whole rows are added faster than a slice of each.
+        whole = total_UJK.is_contiguous()
+        total, x = (y.flatten(1) if whole else y for y in (total_UJK, x_uJK))
+        total.index_add_(0, columns, x)
 
 
 def forward(operands: Operands, sight: Sight, score: Score, wide: bool) -> tuple[Tensor, Tensor]:
