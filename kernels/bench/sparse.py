@@ -133,14 +133,14 @@ def main() -> int:
         "\n\n".join(
             [
                 "# What sparse layers cost on a CPU",
-                f"Command: `python kernels/bench/sparse.py {' '.join(sys.argv[1:])}`".replace(
+                f"Command: `{' '.join(['python kernels/bench/sparse.py', *sys.argv[1:]])}`",
                     " `", "`"
                 ),
                 f"Machine: {machine()}",
                 f"One layer with its projections, B 1, T {options.length}, width {WIDTH}, {HEADS} "
                 f"heads (MoSA 16) x {WIDTH // HEADS}, fp32; forward and backward on one thread, "
-                f"median of {options.repeats}. Predicted is the ratio of FLOPs, those of full softmax "
-                "over the layer's.",
+                f"median of {options.repeats}. Predicted is the ratio of FLOPs, those of full "
+                "softmax over the layer's.",
                 table(["layer", "seconds", "predicted", "times as fast as softmax"], times),
                 "\n".join(f"- FAIL: {line}" for line in wrong)
                 or f"PASS: every layer is within {SLACK:g} times of what its FLOPs predict, and "

@@ -81,8 +81,9 @@ class ModelConfig:
         """A layer that reuses keys or values follows one that has such."""
         left: tuple[int, int] | None = None
         for number, letter in enumerate(self.letters):
-            mixer = self.mixers.get(letter)
-            mixer = getattr(mixer, "inner", mixer)
+            outer = self.mixers.get(letter)
+            mixer = getattr(outer, "inner", outer)
+            field = "reuses" if mixer is outer else "inner.reuses"
             if not isinstance(mixer, AttentionConfig):
                 continue
             sizes = mixer.key_heads, mixer.size_of_head(self.width)
@@ -91,7 +92,7 @@ class ModelConfig:
             elif left != sizes:
                 found = "none before it has any" if left is None else "the last has {} x {}"
                 raise InputError(
-                    f"model.mixers.{letter}.reuses = {mixer.reuses!r}: layer {number} needs "
+                    f"model.mixers.{letter}.{field} = {mixer.reuses!r}: layer {number} needs "
                     f"{sizes[0]} heads x {sizes[1]}, and of attention layers with their own "
                     f"{found.format(*(left or ()))}; change the pattern or the sizes"
                 )
