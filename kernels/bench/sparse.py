@@ -134,8 +134,6 @@ def main() -> int:
             [
                 "# What sparse layers cost on a CPU",
                 f"Command: `{' '.join(['python kernels/bench/sparse.py', *sys.argv[1:]])}`",
-                    " `", "`"
-                ),
                 f"Machine: {machine()}",
                 f"One layer with its projections, B 1, T {options.length}, width {WIDTH}, {HEADS} "
                 f"heads (MoSA 16) x {WIDTH // HEADS}, fp32; forward and backward on one thread, "
