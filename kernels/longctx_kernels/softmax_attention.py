@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from longctx_kernels.lifetime_attention import merge
 from longctx_kernels.pieces import piece_cuts
 
 QUERY_TILE = 256
@@ -314,16 +315,6 @@ def attend_backward(dout_HTV, operands, results, gradients, tiles, scale) -> Non
         dq_HTK[:, rows] += dq
         dk_JTK[:, keys] += dk
         dv_JTV[:, keys] += dv
-
-
-def merge(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Joins two (out, lse) of the same queries over disjoint keys; two empty ones stay empty."""
-    (left_out, left_lse), (right_out, right_lse) = left, right
-    lse_HT = torch.logaddexp(left_lse, right_lse)
-    finite_HT = lse_HT.masked_fill(lse_HT == -torch.inf, 0.0)
-    left_share = (left_lse - finite_HT).exp()[..., None]
-    right_share = (right_lse - finite_HT).exp()[..., None]
-    return left_out * left_share + right_out * right_share, lse_HT
 
 
 def _has_flash(q_HTK: Tensor, v_JTV: Tensor) -> bool:

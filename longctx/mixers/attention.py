@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,25 +17,40 @@ from longctx.sequence.view import SequenceView
 
 
 @dataclass(frozen=True)
-class AttentionConfig(HeadsConfig):
-    """Base of attention with queries, keys and values of its own."""
+class RotaryConfig(HeadsConfig):
+    """Base of mixers of rotated queries and keys, which fla does not compute."""
 
-    num_kv_heads: int = 0
-    """Key and value heads, shared by groups of query heads; 0 means num_heads."""
     rope_base: float = 10000.0
     """Base of the rotary frequencies."""
     rope_fraction: float = 1.0
     """Share of each head that is rotated; 0 uses no positions (NoPE)."""
+
+    def on(self, backend: Backend) -> Self:
+        # fla's softmax attention is not among its operators for which there is a use here.
+        return super().on("auto" if backend == "fla" else backend)
+
+    def check(self, width: int, where: str) -> None:
+        super().check(width, where)
+        if self.backend == "fla":
+            raise InputError(f"{where}.backend = 'fla': is for linear layers; leave it out")
+        if not 0 <= self.rope_fraction <= 1:
+            raise InputError(f"{where}.rope_fraction = {self.rope_fraction}: must be in 0..1")
+        if self.rope_base <= 0:
+            raise InputError(f"{where}.rope_base = {self.rope_base}: must be positive")
+
+
+@dataclass(frozen=True)
+class AttentionConfig(RotaryConfig):
+    """Base of attention with queries, keys and values of its own."""
+
+    num_kv_heads: int = 0
+    """Key and value heads, shared by groups of query heads; 0 means num_heads."""
     qk_norm: bool = True
     """RMSNorm of queries and keys per head."""
     gate: Literal["none", "sigmoid"] = "none"
     """Activation of the output gate."""
     reuses: Literal["nothing", "values", "keys and values"] = "nothing"
     """What it takes from the last attention layer before it that has its own."""
-
-    def on(self, backend: Backend) -> "AttentionConfig":
-        # fla's softmax attention is not among its operators for which there is a use here.
-        return super().on("auto" if backend == "fla" else backend)
 
     @property
     def key_heads(self) -> int:
@@ -49,18 +64,6 @@ class AttentionConfig(HeadsConfig):
                 f"{where}.num_kv_heads = {self.num_kv_heads} does not divide "
                 f"num_heads = {self.num_heads}"
             )
-        if self.backend == "fla":
-            raise InputError(f"{where}.backend = 'fla': is for linear layers; leave it out")
-        if not 0 <= self.rope_fraction <= 1:
-            raise InputError(f"{where}.rope_fraction = {self.rope_fraction}: must be in 0..1")
-        if self.rope_base <= 0:
-            raise InputError(f"{where}.rope_base = {self.rope_base}: must be positive")
-
-    def check_positive(self, where: str, *names: str) -> None:
-        """Raises InputError unless these fields are at least 1."""
-        for name in names:
-            if getattr(self, name) < 1:
-                raise InputError(f"{where}.{name} = {getattr(self, name)}: must be at least 1")
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,19 @@ class HeadsConfig(MixerConfig):
                 "change one of them or set head_dim"
             )
 
+    def check_positive(self, where: str, *names: str) -> None:
+        """Raises InputError unless these fields are at least 1."""
+        for name in names:
+            if getattr(self, name) < 1:
+                raise InputError(f"{where}.{name} = {getattr(self, name)}: must be at least 1")
+
+    def check_window(self, window: int, seq_len: int, where: str) -> None:
+        """Raises InputError if the field `window` is longer than sequences are."""
+        if window > seq_len:
+            raise InputError(
+                f"{where}.window = {window} is longer than train.seq_len = {seq_len}: shorten it"
+            )
+
     def size_of_head(self, width: int) -> int:
         """Key and query size of a head."""
         return self.head_dim or width // self.num_heads
@@ -224,17 +237,19 @@ class Mixer(nn.Module, ABC):
         """Mixes `x`; without a view every row is one document."""
         view = view or LocalView.whole(x_BTD.shape[0], x_BTD.shape[1], x_BTD.device)
         projected = self.project(x_BTD, view)
-        y_BTHV = self.read(self.core(projected, view), projected)
-        out_BTD, losses = self.output(y_BTHV), self.losses(projected, view)
-        with torch.no_grad():
-            return Mixed(out_BTD, losses, self.statistics(projected, view))
+        return self._finished(self.core(projected, view), projected, view)
 
     def reference(self, x_BTD: Tensor, view: LocalView | None = None) -> Mixed:
         """The same through core_reference."""
         view = view or LocalView.whole(x_BTD.shape[0], x_BTD.shape[1], x_BTD.device)
         projected = self.project(x_BTD, view)
-        y_BTHV = self.read(self.core_reference(projected, view), projected)
-        out_BTD, losses = self.output(y_BTHV), self.losses(projected, view)
+        return self._finished(self.core_reference(projected, view), projected, view)
+
+    def _finished(self, y_BTHV: Tensor, projected: Any, view: SequenceView) -> Mixed:
+        """What is made of the core's result; statistics only in training."""
+        out_BTD, losses = self.output(self.read(y_BTHV, projected)), self.losses(projected, view)
+        if not self.training:
+            return Mixed(out_BTD, losses, {})
         with torch.no_grad():
             return Mixed(out_BTD, losses, self.statistics(projected, view))
 

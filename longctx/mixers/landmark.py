@@ -10,7 +10,7 @@ Everything that is seen is laid out, for some queries at a time: there is no ker
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, Self, cast
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +48,7 @@ class LandmarkConfig(SparseConfig, kind="landmark"):
 
     def on(self, backend: Backend) -> Self:
         # There are no kernels but PyTorch's.
-        return cast(Self, super().on("auto" if backend == "triton" else backend))
+        return super().on("auto" if backend == "triton" else backend)
 
     def check(self, width: int, where: str) -> None:
         super().check(width, where)

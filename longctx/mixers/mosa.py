@@ -19,7 +19,8 @@ from longctx_kernels.selected_rows import gather_rows, scatter_rows
 from torch import Tensor, nn
 
 from longctx.errors import InputError
-from longctx.mixers.base import Backend, HeadsConfig, Mixer, Place
+from longctx.mixers.attention import RotaryConfig
+from longctx.mixers.base import Mixer, Place
 from longctx.mixers.compact_parts import Memory, PerHead, RunningQuantile, selected_reference
 from longctx.mixers.parts import rotate
 from longctx.sequence.compact import (
@@ -37,7 +38,7 @@ from longctx.sequence.view import SequenceView
 
 
 @dataclass(frozen=True)
-class MosaConfig(HeadsConfig, kind="mosa"):
+class MosaConfig(RotaryConfig, kind="mosa"):
     """Heads that attend among the few tokens each selects."""
 
     sparsity: int = 16
@@ -56,16 +57,11 @@ class MosaConfig(HeadsConfig, kind="mosa"):
     """Weight of token_choice's balance loss, averaged over the layers that have one."""
     allow_leak: bool = False
     """Lets expert_choice select by tokens to come."""
-    rope_base: float = 10000.0
-    """Base of the rotary frequencies."""
     rope_fraction: float = 0.5
     """Share of each head that is rotated; 0 uses no positions (NoPE)."""
 
     def build(self, place: Place) -> "Mosa":
         return Mosa(self, place)
-
-    def on(self, backend: Backend) -> "MosaConfig":
-        return super().on("auto" if backend == "fla" else backend)
 
     def refusal(self, transports: Transports) -> str:
         return ""
@@ -93,12 +89,6 @@ class MosaConfig(HeadsConfig, kind="mosa"):
     def check(self, width: int, where: str) -> None:
         super().check(width, where)
         self._check_selection(where)
-        if self.backend == "fla":
-            raise InputError(f"{where}.backend = 'fla': is for linear layers; leave it out")
-        if not 0 <= self.rope_fraction <= 1:
-            raise InputError(f"{where}.rope_fraction = {self.rope_fraction}: must be in 0..1")
-        if self.rope_base <= 0:
-            raise InputError(f"{where}.rope_base = {self.rope_base}: must be positive")
         if self.balance_weight < 0:
             raise InputError(
                 f"{where}.balance_weight = {self.balance_weight}: must not be negative"

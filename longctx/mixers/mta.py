@@ -51,11 +51,7 @@ class MTAConfig(SparseConfig, kind="mta"):
         return Window(self.window + min(self.past_queries - 1, self.near_keys // 2))
 
     def check_length(self, seq_len: int, where: str) -> None:
-        if self.window > seq_len:
-            raise InputError(
-                f"{where}.window = {self.window} is longer than train.seq_len = {seq_len}; "
-                "shorten it"
-            )
+        self.check_window(self.window, seq_len, where)
 
     def check(self, width: int, where: str) -> None:
         super().check(width, where)

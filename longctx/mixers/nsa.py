@@ -68,11 +68,7 @@ class NSAConfig(SparseConfig, kind="nsa"):
         return frozenset({"fetch", "means"})
 
     def check_length(self, seq_len: int, where: str) -> None:
-        if self.window > seq_len:
-            raise InputError(
-                f"{where}.window = {self.window} is longer than train.seq_len = {seq_len}; "
-                "shorten it"
-            )
+        self.check_window(self.window, seq_len, where)
 
     def check(self, width: int, where: str) -> None:
         super().check(width, where)

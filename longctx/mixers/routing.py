@@ -21,7 +21,8 @@ from longctx_kernels.selected_rows import gather_rows, scatter_rows
 from torch import Tensor, nn
 
 from longctx.errors import InputError
-from longctx.mixers.base import Backend, HeadsConfig, Mixer, Place, split_heads
+from longctx.mixers.attention import RotaryConfig
+from longctx.mixers.base import Mixer, Place, split_heads
 from longctx.mixers.compact_parts import Memory, selected_reference
 from longctx.mixers.parts import rotate, unit
 from longctx.sequence.compact import Selection, attend_selected, select, select_traffic
@@ -33,7 +34,7 @@ from longctx.sequence.view import SequenceView
 
 
 @dataclass(frozen=True)
-class RoutingConfig(HeadsConfig, kind="routing"):
+class RoutingConfig(RotaryConfig, kind="routing"):
     """Attention within clusters that each head sorts tokens into."""
 
     clusters: int = 16
@@ -48,16 +49,11 @@ class RoutingConfig(HeadsConfig, kind="routing"):
     """Weight of the squared distance of tokens from their centroids."""
     centroid_seed: int = 0
     """Decides the first centroids."""
-    rope_base: float = 10000.0
-    """Base of the rotary frequencies."""
     rope_fraction: float = 0.5
     """Share of each head that is rotated; 0 uses no positions (NoPE)."""
 
     def build(self, place: Place) -> "Routing":
         return Routing(self, place)
-
-    def on(self, backend: Backend) -> "RoutingConfig":
-        return super().on("auto" if backend == "fla" else backend)
 
     def refusal(self, transports: Transports) -> str:
         return ""
@@ -80,12 +76,6 @@ class RoutingConfig(HeadsConfig, kind="routing"):
             raise InputError(f"{where}.momentum = {self.momentum}: must be at least 0 and below 1")
         if self.commitment < 0:
             raise InputError(f"{where}.commitment = {self.commitment}: must not be negative")
-        if self.backend == "fla":
-            raise InputError(f"{where}.backend = 'fla': is for linear layers; leave it out")
-        if not 0 <= self.rope_fraction <= 1:
-            raise InputError(f"{where}.rope_fraction = {self.rope_fraction}: must be in 0..1")
-        if self.rope_base <= 0:
-            raise InputError(f"{where}.rope_base = {self.rope_base}: must be positive")
 
 
 def first_centroids(config: RoutingConfig, layer: int, size: int) -> Tensor:

@@ -66,11 +66,7 @@ class ScatterbrainConfig(SparseConfig, StateConfig, kind="scatterbrain"):
         return self.num_features or 2 * self.size_of_head(width)
 
     def check_length(self, seq_len: int, where: str) -> None:
-        if self.window > seq_len:
-            raise InputError(
-                f"{where}.window = {self.window} is longer than train.seq_len = {seq_len}; "
-                "shorten it"
-            )
+        self.check_window(self.window, seq_len, where)
 
     def check(self, width: int, where: str) -> None:
         super().check(width, where)

@@ -83,11 +83,7 @@ class ScoredConfig(SparseConfig, kind="scored"):
         return HeadsConfig.refusal(self, transports) if by_heads else ""
 
     def check_length(self, seq_len: int, where: str) -> None:
-        if self.window > seq_len:
-            raise InputError(
-                f"{where}.window = {self.window} is longer than train.seq_len = {seq_len}; "
-                "shorten it, or set 0 to see everything"
-            )
+        self.check_window(self.window, seq_len, where)
 
     def check(self, width: int, where: str) -> None:
         super().check(width, where)

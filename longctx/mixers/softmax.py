@@ -29,11 +29,7 @@ class SoftmaxConfig(AttentionConfig, kind="softmax"):
         return Softmax(self, place)
 
     def check_length(self, seq_len: int, where: str) -> None:
-        if self.window > seq_len:
-            raise InputError(
-                f"{where}.window = {self.window} is longer than train.seq_len = {seq_len}; "
-                "shorten it, or set 0 to see everything"
-            )
+        self.check_window(self.window, seq_len, where)
 
     def verbs(self) -> frozenset[str]:
         return frozenset({"halo" if self.window else "stream"})

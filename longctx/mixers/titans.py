@@ -61,11 +61,7 @@ class TitansConfig(HeadsConfig, kind="titans"):
         return frozenset({"prefix", "halo"} if self.convolution or self.window else {"prefix"})
 
     def check_length(self, seq_len: int, where: str) -> None:
-        if self.window > seq_len:
-            raise InputError(
-                f"{where}.window = {self.window} is longer than train.seq_len = {seq_len}: "
-                "shorten it"
-            )
+        self.check_window(self.window, seq_len, where)
 
     def check(self, width: int, where: str) -> None:
         super().check(width, where)

@@ -18,7 +18,7 @@ def cache_bytes(model: Decoder, tokens_BT: Tensor) -> int | None:
 
 
 def tensors(memory: Any) -> list[Tensor]:
-    """Every tensor in nested tuples and lists, each once, views by what they show."""
+    """Every tensor in nested tuples, lists and dicts."""
     if isinstance(memory, torch.Tensor):
         return [memory]
     if isinstance(memory, list | tuple):

@@ -189,8 +189,7 @@ class Decoder(nn.Module):
             x_BTD, losses, sums = block(x_BTD, view.at(layer))
             for name, loss in losses.items():
                 by_name.setdefault(name, []).append(loss)
-            if self.training:
-                statistics |= {f"{layer}.{name}": value for name, value in sums.items()}
+            statistics |= {f"{layer}.{name}": value for name, value in sums.items()}
         means = {name: torch.stack(losses).mean() for name, losses in by_name.items()}
         hidden_MD = self.norm(x_BTD).flatten(0, 1)
         weight_VD = self.head.weight

@@ -36,6 +36,10 @@ class Routes:
         ranks = range(self.plan.placement.ranks)
         return self._routes([(self.plan.rank, rank) for rank in ranks])
 
+    def leaving_on(self, device: torch.device) -> dict[int, Tensor]:
+        """`leaving` as indices on a device, moved there once for all layers."""
+        return self.plan.once(_leaving_on, self.policy, device)
+
     def _routes(self, pairs: list[tuple[int, int]]) -> dict[int, Tensor]:
         me, found = self.plan.rank, {}
         for owner, asker in pairs:
@@ -59,6 +63,11 @@ class Routes:
         token = items // patterns
         row, local = token // len(positions), token % len(positions)
         return torch.stack((items % patterns, row, positions[local]))
+
+
+def _leaving_on(plan: Plan, policy: Policy, device: torch.device) -> dict[int, Tensor]:
+    leaving = plan.once(Routes, policy).leaving
+    return {rank: items.to(device) for rank, items in leaving.items()}
 
 
 def _items(plan: Plan, policy: Policy, owner: int, asker: int) -> Tensor:
@@ -94,7 +103,7 @@ class Fetch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, items: Tensor, routes: Routes, wire: Wire) -> Tensor:
         ctx.routes, ctx.wire, ctx.count = routes, wire, len(items)
-        sends = [(r, items[i.to(items.device)]) for r, i in routes.leaving.items()]
+        sends = [(r, items[i]) for r, i in routes.leaving_on(items.device).items()]
         wires = [(r, (len(i), *items.shape[1:])) for r, i in routes.arriving.items()]
         pending = wire.communicator.exchange(sends, wires, items, wire.label)
         return torch.cat([items, *pending.wait()])
@@ -109,8 +118,8 @@ class Fetch(torch.autograd.Function):
         sends = list(zip(routes.arriving, parts))
         wires = [(r, (len(i), *dout.shape[1:])) for r, i in routes.leaving.items()]
         pending = wire.communicator.exchange(sends, wires, wide, wire.label.reversed())
-        for items, part in zip(routes.leaving.values(), pending.wait()):
-            ditems.index_add_(0, items.to(ditems.device), part)
+        for items, part in zip(routes.leaving_on(ditems.device).values(), pending.wait()):
+            ditems.index_add_(0, items, part)
         return ditems.to(dout.dtype), None, None
 
 
