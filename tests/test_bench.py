@@ -103,7 +103,8 @@ def test_the_gpu_bench_runs_without_a_gpu_and_judges_nothing(
 
 
 def test_the_gpu_bench_times_nothing_red(gpu_bench, tmp_path, capsys, monkeypatch):
-    right = gpu_bench.gpu_checks.decay_attention
+    makers = sys.modules["gpu_problems"]
+    right = makers.decay_attention
 
     def wrong(*tensors, **options):
         out, final = right(*tensors, **options)
@@ -114,7 +115,7 @@ def test_the_gpu_bench_times_nothing_red(gpu_bench, tmp_path, capsys, monkeypatc
         return [make for make in all_problems(device, tiny) if "_decay" in repr(make)]
 
     all_problems = gpu_bench.gpu_checks.problems
-    monkeypatch.setattr(gpu_bench.gpu_checks, "decay_attention", wrong)
+    monkeypatch.setattr(makers, "decay_attention", wrong)
     monkeypatch.setattr(gpu_bench.gpu_checks, "problems", decay_problems)
     assert gpu_bench.main(["--tiny", "--out", str(tmp_path)]) == 1
     found = json.loads((tmp_path / "cpu.json").read_text())

@@ -27,8 +27,9 @@ import gpu_checks  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 from gpu_bench import OURS, Items, Row, Rows, groups, targets, time_item  # noqa: E402
-from gpu_checks import Check, precisions, problems  # noqa: E402
+from gpu_checks import Check, precisions  # noqa: E402
 from gpu_peers import fla_version, unpack_wheels  # noqa: E402
+from gpu_problems import problems  # noqa: E402
 from gpu_timing import ceilings  # noqa: E402
 from report import table  # noqa: E402
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
-from gpu_checks import TOLERANCE, Tensors, relative_error
+from gpu_checks import TOLERANCE, relative_error
 from gpu_delta import delta_groups
 from gpu_items import OURS, PRECISION, Item, Items, random_values
 from gpu_peers import decay_peers, lightning_gamma, sdpa
+from gpu_problems import Tensors
 from gpu_routed import SHARES, routed_groups, routed_name
 from gpu_small import small_groups, small_names
 from gpu_timing import Cost, cost

@@ -5,9 +5,9 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from gpu_checks import Tensors
 from gpu_items import OURS, Item, Items, random_values
 from gpu_peers import delta_peers
+from gpu_problems import Tensors
 from longctx_kernels.delta_attention import delta_attention
 from torch import Tensor
 

@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from gpu_checks import DTYPES, Tensors
+from gpu_checks import DTYPES
+from gpu_problems import Tensors
 from longctx_kernels.launch import is_interpreted
 from torch import Tensor
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from gpu_checks import Tensors
+from gpu_problems import Tensors
 from longctx_kernels.delta_attention import delta_attention
 from report import version
 from torch import Tensor

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from gpu_checks import Tensors
 from gpu_items import OURS, Item, Items, random_values
+from gpu_problems import Tensors
 from longctx_kernels.routed_attention import routed_attention
 from torch import Tensor
 

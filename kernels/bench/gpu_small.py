@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from gpu_checks import Tensors, some_tokens
 from gpu_items import OURS, Item, Items, random_values
 from gpu_peers import convolution_peers, index_add, norm_peers
+from gpu_problems import Tensors, some_tokens
 from longctx_kernels.norm_gate import norm_gate
 from longctx_kernels.selected_rows import scatter_rows
 from longctx_kernels.short_convolution import short_convolution
