@@ -21,7 +21,7 @@ TORCH_STAMP := $(STAMPS)/$(subst =,-,$(TORCH))
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test cluster conformance check fix bench gpu ahead package golden clean
+.PHONY: help setup demo test cluster chaos conformance check fix bench gpu ahead package golden clean
 
 help: ## print this list
 	@echo 'make TARGET [PYTHON=python3.12] [TORCH=torch==2.13.0] [TORCH_INDEX=...] [VENV=.venv]'
@@ -60,6 +60,9 @@ test: $(STAMPS)/dev ## run the tests
 cluster: $(STAMPS)/dev ## tests on two hosts made of network namespaces; needs root and iproute2
 	@echo 'Testing on two hosts: a few minutes.'
 	@$(BIN)/python -m pytest -rs tests/cluster
+
+chaos: $(STAMPS)/dev ## kill trainings at random moments 200 times and resume them; up to 25 minutes
+	$(BIN)/python -m tests.chaos --kills 200 --real 30 --out docs/results/chaos.md
 
 conformance: $(STAMPS)/dev ## every mixer x placement x transport on simulated ranks; up to 15 minutes
 	$(BIN)/python -m tests.conformance

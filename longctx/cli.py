@@ -4,10 +4,15 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import longctx
 from longctx.errors import InputError, OutsideError
+from longctx.orphans import die_with_parent
+
+if TYPE_CHECKING:
+    from longctx.train.settings import Settings
+    from longctx.train.signals import StopRequest
 
 STOPPED = 75
 """Exit code of a run that a signal stopped after it saved: run the same command again."""
@@ -15,31 +20,39 @@ STOPPED = 75
 
 def train(argv: list[str]) -> int:
     """CONFIG [--table.key value ...]: train, or resume, the run that a config file describes"""
-    from longctx.config import apply_overrides, to_toml
-    from longctx.train.settings import load_settings
+    from longctx.train.signals import StopRequest
 
-    name, options = _first_argument(argv, "train", "a config file or preset", default="tiny")
-    only_print = "--print-config" in options
-    options = [word for word in options if word != "--print-config"]
-    settings = apply_overrides(load_settings(name), options, "longctx train")
-    if only_print:
-        sys.stdout.write(to_toml(settings))
-        return 0
+    with StopRequest() as stop:  # before what is slow to import
+        from longctx.config import apply_overrides, to_toml
+        from longctx.train.settings import load_settings
+
+        name, options = _first_argument(argv, "train", "a config file or preset", default="tiny")
+        only_print = "--print-config" in options
+        options = [word for word in options if word != "--print-config"]
+        settings = apply_overrides(load_settings(name), options, "longctx train")
+        if only_print:
+            sys.stdout.write(to_toml(settings))
+            return 0
+        return _train(settings, stop)
+
+
+def _train(settings: "Settings", stop: "StopRequest") -> int:
     from longctx.parallel.mesh import world_size
+    from longctx.train.mirror import is_stuck
     from longctx.train.trainer import train as run
 
     try:
-        code = STOPPED if run(settings) else 0
+        code = STOPPED if run(settings, stop) else 0
     except OutsideError as error:
         sys.stderr.write(f"longctx: {error}\n")
         code = 1
-    if world_size() > 1:
+    if world_size() > 1 or is_stuck():
         _leave(code)
     return code
 
 
 def _leave(code: int) -> NoReturn:
-    """Ends a process of several: gloo's threads can abort the interpreter's own way out."""
+    """Ends a process whose other threads, gloo's or W&B's, abort or block an ordinary way out."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -125,6 +138,7 @@ def _usage() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; 0 is success, 2 a mistake in the input, 1 a failure outside."""
+    die_with_parent()
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("--help", "-h", "help"):
         sys.stdout.write(_usage())

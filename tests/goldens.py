@@ -14,8 +14,10 @@ import torch
 from longctx.config import to_toml
 from longctx.mixers import MixerConfig
 from longctx.model.decoder import Decoder, initialise
+from longctx.parallel import Mesh, ParallelConfig, resolve
+from longctx.parallel.engine import Replicated
 from longctx.sequence.local import LocalView
-from longctx.train.optim import build_optimizer, clip_gradients, learning_rate
+from longctx.train.optim import build_optimizer, learning_rate
 from longctx.train.settings import Settings, load_settings
 
 FOLDER = Path(__file__).parent / "golden"
@@ -31,7 +33,9 @@ def ten_losses() -> list[float]:
     model = Decoder(settings.model, VOCABULARY)
     initialise(model, seed=0)
     model.double()
+    mesh = Mesh(resolve(ParallelConfig(), settings.model.layers, 1, 64), torch.device("cpu"), 60)
     optimizer = build_optimizer(model, settings.optim)
+    engine = Replicated(model, optimizer, settings.optim.clip_norm, mesh)
     stream = [7]
     while len(stream) < STEPS * 2 * 65:
         stream.append((stream[-1] * 31 + len(stream) // 13) % VOCABULARY)
@@ -41,12 +45,9 @@ def ten_losses() -> list[float]:
     for step, batch in enumerate(batches, start=1):
         result = model(batch[:, :-1], batch[:, 1:], LocalView.of_ids(documents_BT))
         loss = result.cross_entropy / 128 + sum(result.mixers.values())
-        loss.backward()
-        clip_gradients(model, settings.optim)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(settings.optim, step, STEPS)
-        optimizer.step()
-        optimizer.zero_grad()
+        engine.backward(loss)
+        engine.gradient_norm()
+        engine.update(learning_rate(settings.optim, step, STEPS))
         losses.append(loss.item())
     return losses
 

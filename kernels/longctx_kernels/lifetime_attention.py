@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from longctx_kernels import lifetime_torch
+from longctx_kernels.keeping import recalled
 from longctx_kernels.launch import backend_of
 from longctx_kernels.reweighted import REWEIGHTED, reweighted_attention
 from longctx_kernels.score import NORMALISERS, Gradients, Score, bias_of, wide_dtype
@@ -294,7 +295,7 @@ def _forward_op(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     sight = Sight(query_positions, key_positions, expiry, blocks, block_size)
     score = Score(scale, normaliser, key_bias, query_bias, slope)
-    return lifetime_forward(q, k, v, sight, score, backend=backend)
+    return recalled(lambda: lifetime_forward(q, k, v, sight, score, backend=backend))
 
 
 @_forward_op.register_fake

@@ -13,6 +13,8 @@ q is `[B, T, H, K]`, k and v `[B, G, H, K or V]`; query t of a row sees keys `fi
 import torch
 from torch import Tensor
 
+from longctx_kernels.keeping import recalled
+
 MOST_SCORES = 2**22
 """Scores of a block of queries that are held at a time."""
 MOST_PRODUCTS = 2**22
@@ -131,7 +133,12 @@ def _by_head(*operands: Tensor) -> list[Tensor]:
 def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, ridge: float, scale: float
 ) -> Tensor:
-    q_BHTK, k_BHGK, v_BHGV = _by_head(q, k, v)
+    return recalled(lambda: _attended((q, k, v), first, last, ridge, scale))
+
+
+def _attended(operands, first, last, ridge, scale) -> Tensor:
+    q, _, v = operands
+    q_BHTK, k_BHGK, v_BHGV = _by_head(*operands)
     out = v.new_empty(*q.shape[:3], v.shape[-1])
     for rows, keys, block in _blocks(q_BHTK, k_BHGK, first, last, ridge, scale):
         out[:, rows] = block.attend(v_BHGV[:, :, keys]).transpose(1, 2).to(out.dtype)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from longctx_kernels import selected_blocks_torch
+from longctx_kernels.keeping import recalled
 from longctx_kernels.launch import backend_of
 from longctx_kernels.score import wide_dtype
 from longctx_kernels.selected_blocks_lists import Selection, listed_once
@@ -144,7 +145,7 @@ def _forward_op(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     path = _path(q, (block_size, k.shape[-1], v.shape[-1]), backend)
     selection = Selection(blocks, query_positions, key_positions, block_size)
-    return path.forward((q, k, v), selection, scale)
+    return recalled(lambda: path.forward((q, k, v), selection, scale))
 
 
 @_forward_op.register_fake

@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from longctx_kernels.keeping import recalled
 from longctx_kernels.lifetime_attention import merge
 from longctx_kernels.pieces import piece_cuts
 
@@ -199,14 +200,15 @@ def _shown(queries: int, persistent: int) -> tuple[Tile, ...]:
 class _SoftmaxAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_HTK, k_JTK, v_JTV, tiles, scale):
-        results = _attended((q_HTK, k_JTK, v_JTV), tiles, scale)
+        results = recalled(lambda: _attended((q_HTK, k_JTK, v_JTV), tiles, scale))
         ctx.save_for_backward(q_HTK, k_JTK, v_JTV, *results)
         ctx.tiles, ctx.scale = tiles, scale
         return results[0]
 
     @staticmethod
     def backward(ctx, dout_HTV):
-        operands, results = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        *operands, out_HTV, lse_HT = ctx.saved_tensors
+        results = out_HTV, lse_HT
         return *_gradients(dout_HTV, operands, results, ctx.tiles, ctx.scale), None, None
 
 
@@ -237,9 +239,13 @@ def _forward_op(
     persistent: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out `[M, H, V]`, lse `[H, M]`); the cuts lie on the CPU and are no part of a graph."""
-    operands = tuple(x.transpose(0, 1) for x in (q_MHK, k_MJK, v_MJV))
-    out_HMV, lse_HM = _attended(operands, _tiles_of(cuts_N, q_MHK, window, persistent), scale)
-    return out_HMV.transpose(0, 1).contiguous(), lse_HM
+
+    def attended() -> tuple[Tensor, Tensor]:
+        operands = tuple(x.transpose(0, 1) for x in (q_MHK, k_MJK, v_MJV))
+        out_HMV, lse_HM = _attended(operands, _tiles_of(cuts_N, q_MHK, window, persistent), scale)
+        return out_HMV.transpose(0, 1).contiguous(), lse_HM
+
+    return recalled(attended)
 
 
 @_forward_op.register_fake

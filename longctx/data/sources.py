@@ -47,14 +47,23 @@ class DataConfig:
     vocabulary: int = 64
     """Different tokens of a task: half keys and half values, a third each of keys, values and hay,
     or noise, marker and letters."""
+    skip_steps: tuple[str, ...] = ()
+    """Steps whose batches are not trained on, such as 120-140; their numbers and learning rates
+    pass."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.validation_percent <= 50:
             raise InputError(
                 f"data.validation_percent = {self.validation_percent}: choose 1 to 50 percent"
             )
+        for text in self.skip_steps:
+            _range_of_steps(text)
         if self.task:
             self._check_task()
+
+    def skips(self, step: int) -> bool:
+        """Whether the batch of a step, which counts from 1, is not trained on."""
+        return any(step in _range_of_steps(text) for text in self.skip_steps)
 
     def _check_task(self) -> None:
         task, pairs, answers = self.task, self.pairs, self.answers
@@ -87,6 +96,13 @@ class DataConfig:
                 f"train.seq_len = {seq_len} is too short for {pairs}data.answers = "
                 f"{self.answers}: {self.task} needs {told + self.answers} tokens"
             )
+
+
+def _range_of_steps(text: str) -> range:
+    first, _, last = text.partition("-")
+    if not (first.isdigit() and (last or first).isdigit() and int(first) <= int(last or first)):
+        raise InputError(f"data.skip_steps: {text!r} is neither a step nor a range such as 120-140")
+    return range(int(first), int(last or first) + 1)
 
 
 @dataclass(frozen=True)

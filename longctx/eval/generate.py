@@ -1,15 +1,15 @@
 """Samples from a checkpoint, token after token, with constant state in linear layers."""
 
+import contextlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from longctx import checkpoint
 from longctx.config import decode
 from longctx.data import ByteTokenizer
 from longctx.errors import InputError
 from longctx.model.decoder import Decoder
-from longctx.train import checkpoint
 from longctx.train.settings import Settings
 
 
@@ -37,11 +37,10 @@ class GenerateConfig:
 
 def load_model(path: str) -> Decoder:
     """The model of a run or checkpoint, ready for evaluation."""
-    folder = checkpoint.resolve(Path(path))
-    state = checkpoint.load_state(folder)
-    settings = decode(Settings, state["config"], file=str(folder))
-    model = Decoder(settings.model, state["vocab_size"])
-    checkpoint.load_model(folder, model)
+    with contextlib.closing(checkpoint.open_checkpoint(checkpoint.resolve(path))) as opened:
+        settings = decode(Settings, opened.state["config"], file=str(opened.path))
+        model = Decoder(settings.model, opened.state["vocab_size"])
+        checkpoint.load_model(opened, model)
     return model.eval()
 
 

@@ -1,14 +1,22 @@
 """What attention layers share: projections of queries, keys and values, positions, output gate."""
 
 from abc import abstractmethod
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Self
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from longctx.errors import InputError
-from longctx.mixers.base import Backend, HeadsConfig, Mixer, Place, RMSNorm, split_heads
+from longctx.mixers.base import (
+    Backend,
+    HeadsConfig,
+    Mixer,
+    Place,
+    RMSNorm,
+    indivisible,
+    split_heads,
+)
 from longctx.mixers.parts import rotate
 from longctx.sequence.expected import Sizes
 from longctx.sequence.local import LocalView
@@ -56,6 +64,17 @@ class AttentionConfig(RotaryConfig):
     def key_heads(self) -> int:
         """Key and value heads."""
         return self.num_kv_heads or self.num_heads
+
+    one_key_head_is_shared: ClassVar[bool] = True
+    """Whether shares of the query heads can do with a copy each of a single key head."""
+
+    def over_tp(self, width: int, tp: int) -> Self:
+        return replace(super().over_tp(width, tp), num_kv_heads=max(1, self.key_heads // tp))
+
+    def tp_refusal(self, tp: int) -> str:
+        if self.key_heads == 1 and self.one_key_head_is_shared:
+            return super().tp_refusal(tp)
+        return super().tp_refusal(tp) or indivisible("num_kv_heads", self.key_heads, "tp", tp)
 
     def check(self, width: int, where: str) -> None:
         super().check(width, where)

@@ -8,11 +8,14 @@ the view. `core_reference` is the same map written token by token: the definitio
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
+from longctx_kernels.keeping import is_repeated
 from longctx_kernels.launch import backend_of
+from longctx_kernels.norm_gate import norm_gate
 from torch import Tensor, nn
 
 from longctx.config import Registered
@@ -33,6 +36,9 @@ class Place:
     width: int
     layer: int
     depth: int
+    part: int = 0
+    """Which share of the heads it has, of `parts` equal ones; its config is of one share."""
+    parts: int = 1
 
 
 class Mixed(NamedTuple):
@@ -59,6 +65,15 @@ class MixerConfig(Registered):
     def refusal(self, transports: Transports) -> str:
         """Why this cannot use `transports`, beginning with a field's name; empty if it can."""
         return ""
+
+    def over_tp(self, width: int, tp: int) -> Self:
+        """One of `tp` equal shares of this layer's heads, whose outputs add up to the layer's."""
+        raise NotImplementedError
+
+    def tp_refusal(self, tp: int) -> str:
+        """Why `tp` processes cannot share its heads, beginning with a field's name; empty if they
+        can."""
+        return f"kind = {self.kind!r} does not say how: set parallel.tp to 1"
 
     def on(self, backend: Backend) -> Self:
         """The same table; what leaves the choice to the model computes with `backend`."""
@@ -126,14 +141,25 @@ class HeadsConfig(MixerConfig):
         return self.head_dim or width // self.num_heads
 
     def refusal(self, transports: Transports) -> str:
-        group = transports.heads
-        if self.num_heads % group == 0:
-            return ""
-        possible = [str(n) for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
-        return (
-            f"num_heads = {self.num_heads} is no multiple of parallel.heads = {group}: "
-            f"set parallel.heads to {', '.join(possible[:-1])} or {possible[-1]}"
-        )
+        return indivisible("num_heads", self.num_heads, "heads", transports.heads)
+
+    def over_tp(self, width: int, tp: int) -> Self:
+        return replace(self, num_heads=self.num_heads // tp, head_dim=self.size_of_head(width))
+
+    def tp_refusal(self, tp: int) -> str:
+        return indivisible("num_heads", self.num_heads, "tp", tp)
+
+
+def indivisible(name: str, count: int, field: str, group: int) -> str:
+    """Why `count` heads cannot be dealt out by parallel.`field` = `group`; empty if they can."""
+    if count % group == 0:
+        return ""
+    possible = [str(n) for n in range(1, count + 1) if count % n == 0]
+    choice = f"{', '.join(possible[:-1])} or {possible[-1]}" if len(possible) > 1 else "1"
+    return (
+        f"{name} = {count} is no multiple of parallel.{field} = {group}: "
+        f"set parallel.{field} to {choice}"
+    )
 
 
 @dataclass(frozen=True)
@@ -172,6 +198,10 @@ class ValueConfig(StateConfig):
         super().check(width, where)
         if self.value_dim < 0:
             raise InputError(f"{where}.value_dim = {self.value_dim}: must be 0 or positive")
+
+    def over_tp(self, width: int, tp: int) -> Self:
+        size = self.value_dim or self.size_of_head(width)
+        return replace(super().over_tp(width, tp), value_dim=size)
 
 
 class Mixer(nn.Module, ABC):
@@ -221,7 +251,13 @@ class Mixer(nn.Module, ABC):
         return y_BTHV
 
     def losses(self, projected: Any, view: SequenceView) -> dict[str, Tensor]:
-        """Weighted losses by name, each over all tokens of the view."""
+        """Weighted losses by name, each over all tokens of the view; of a share of the heads, what
+        has the layer's as its mean over shares."""
+        return {}
+
+    def stretches(self) -> dict[str, tuple[int, ...]]:
+        """Of parameters that are several side by side, by name, the sizes of these in the first
+        dimension: shares of heads have a share of each."""
         return {}
 
     def statistics(self, projected: Any, view: SequenceView) -> dict[str, Tensor]:
@@ -248,7 +284,7 @@ class Mixer(nn.Module, ABC):
     def _finished(self, y_BTHV: Tensor, projected: Any, view: SequenceView) -> Mixed:
         """What is made of the core's result; statistics only in training."""
         out_BTD, losses = self.output(self.read(y_BTHV, projected)), self.losses(projected, view)
-        if not self.training:
+        if not self.training or is_repeated():
             return Mixed(out_BTD, losses, {})
         with torch.no_grad():
             return Mixed(out_BTD, losses, self.statistics(projected, view))
@@ -278,6 +314,9 @@ def split_heads(x_BTM: Tensor, num_heads: int) -> Tensor:
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension, computed in at least fp32."""
 
+    mean_over_parts: Callable[[Tensor], Tensor] | None = None
+    """Set where `x` is one of several equal parts of what is normalised together."""
+
     def __init__(self, size: int, eps: float = 1e-6):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
@@ -285,6 +324,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised `x` in the dtype of `x`."""
+        if self.mean_over_parts is None:
+            return norm_gate(x, weight_V=self.weight, eps=self.eps, activation="none")
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * self.weight).to(x.dtype)
+        mean = self.mean_over_parts(wide.square().mean(-1, keepdim=True))
+        return (wide * torch.rsqrt(mean + self.eps) * self.weight).to(x.dtype)

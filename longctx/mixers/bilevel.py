@@ -33,6 +33,11 @@ from longctx.sequence.view import SequenceView
 class BilevelConfig(SelectingConfig, kind="bilevel"):
     """Attention of blocks of queries to the own and chosen blocks."""
 
+    def tp_refusal(self, tp: int) -> str:
+        if tp > 1:
+            return "kind = 'bilevel' selects blocks by all heads together: set parallel.tp to 1"
+        return ""
+
     def build(self, place: Place) -> "Bilevel":
         return Bilevel(self, place)
 

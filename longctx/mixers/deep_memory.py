@@ -199,6 +199,10 @@ class StepGates(nn.Module):
         # where neither layer has a gradient.
         self.keep_bias = nn.Parameter(torch.full((num_heads,), 7.0))
 
+    def stretches(self) -> dict[str, tuple[int, ...]]:
+        """As a mixer has them."""
+        return {"raw.weight": 3 * (len(self.keep_bias),)}
+
     def forward(self, x_BTD: Tensor) -> Gates:
         """In at least fp32."""
         raw = self.raw(x_BTD)

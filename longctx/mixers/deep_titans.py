@@ -132,6 +132,11 @@ class DeepTitansConfig(HeadsConfig, kind="deep_titans"):
         if self.convolution not in (0, *range(2, 9)):
             raise InputError(f"{where}.convolution = {self.convolution}: must be 0 or 2..8 taps")
 
+    def tp_refusal(self, tp: int) -> str:
+        if self.composition != "lmm" and tp > 1:
+            return f"composition = {self.composition!r} maps all heads together: choose 'lmm'"
+        return super().tp_refusal(tp)
+
     def refusal(self, transports: Transports) -> str:
         """States are handed over whatever the transport; attention to a window trades heads."""
         return super().refusal(transports) if self.composition == "mal" else ""
@@ -178,6 +183,10 @@ class DeepTitans(Mixer):
         self.norm = GatedNorm(K, "sigmoid" if is_mac else "silu")
         self.gate = None if is_mac else nn.Linear(width, H * K, bias=False)
         self.project_out = nn.Linear(H * K, width, bias=False)
+
+    def stretches(self) -> dict[str, tuple[int, ...]]:
+        told = 3 * (self.num_heads * self.key_dim,)
+        return {"told.weight": told, "convolve.weight": told}
 
     def project(self, x_BTD: Tensor, view: SequenceView) -> DeepTitansParts:
         H, told = self.num_heads, self.told(x_BTD)

@@ -6,8 +6,8 @@ keys, in the causal form of the papers: `deltanet` has no decay (arXiv 2406.0648
 channel and low-rank gates (Kimi Linear, 2510.26692, equation 1).
 """
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from longctx_kernels.delta_attention import delta_attention, delta_attention_ref
 from torch import Tensor, nn
 
 from longctx.errors import InputError
-from longctx.mixers.base import Backend, Mixer, Place, ValueConfig, split_heads
+from longctx.mixers.base import Backend, Mixer, Place, ValueConfig, indivisible, split_heads
 from longctx.mixers.parts import GatedNorm, LowRank, SelectiveDecay, ShortConvolution, unit
 from longctx.sequence.expected import Expected, Gate, Share, Sizes, combined, delta_traffic
 from longctx.sequence.local import LocalView
@@ -40,6 +40,14 @@ class DeltaConfig(ValueConfig):
 
     def build(self, place: Place) -> "Delta":
         return Delta(self, place)
+
+    def over_tp(self, width: int, tp: int) -> Self:
+        key_heads = self.num_key_heads or self.num_heads
+        return replace(super().over_tp(width, tp), num_key_heads=key_heads // tp)
+
+    def tp_refusal(self, tp: int) -> str:
+        key_heads = self.num_key_heads or self.num_heads
+        return super().tp_refusal(tp) or indivisible("num_key_heads", key_heads, "tp", tp)
 
     def decay(self, width: int, key_dim: int) -> "Decay | None":
         """Makes the log decay, if there is one."""
@@ -167,6 +175,10 @@ class Delta(Mixer):
         self.gate = config.output_gate(width, H * V) if config.gate != "none" else None
         self.norm = GatedNorm(V, "sigmoid" if config.gate == "sigmoid" else "silu", config.norm_eps)
         self.project_out = nn.Linear(H * V, width, bias=False)
+
+    def stretches(self) -> dict[str, tuple[int, ...]]:
+        keys = self.num_key_heads * self.key_dim
+        return {"convolve.weight": (keys, keys, self.num_heads * self.value_dim)}
 
     def project(self, x_BTD: Tensor, view: SequenceView) -> DeltaParts:
         config, J, K = self.config, self.num_key_heads, self.key_dim

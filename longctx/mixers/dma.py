@@ -28,6 +28,14 @@ class DMAConfig(EvictingConfig, kind="dma"):
     def eviction(self) -> Eviction:
         return Eviction(self.capacity, self.window, later_wins=True, biased=True)
 
+    def tp_refusal(self, tp: int) -> str:
+        if self.key_heads > 1 and tp > 1:
+            return (
+                f"num_kv_heads = {self.key_heads}: a key is biased by the values of all key heads; "
+                "set num_kv_heads to 1, or parallel.tp to 1"
+            )
+        return super().tp_refusal(tp)
+
     def build(self, place: Place) -> "DMA":
         return DMA(self, place)
 

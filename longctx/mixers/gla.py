@@ -7,8 +7,8 @@ the paper has LayerNorm) and gated by `swish(W x)`. Sizes default to those of th
 shift is not the paper's: all projections see it, with one mix, where RWKV has one for each.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Self
 
 from torch import Tensor, nn
 
@@ -54,6 +54,9 @@ class GLAConfig(StateConfig, kind="gla"):
     def size_of_value(self, width: int) -> int:
         """Value size of a head."""
         return self.value_dim or width // self.num_heads
+
+    def over_tp(self, width: int, tp: int) -> Self:
+        return replace(super().over_tp(width, tp), value_dim=self.size_of_value(width))
 
     def check(self, width: int, where: str) -> None:
         super().check(width, where)

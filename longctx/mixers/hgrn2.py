@@ -8,8 +8,8 @@ summed from the first on; that couples all layers, so here they are fixed: `risi
 learned ones start.
 """
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,9 @@ class HGRN2Config(StateConfig, kind="hgrn2"):
     def size_of_value(self, width: int) -> int:
         """Value size of a head."""
         return self.value_dim or width // self.num_heads
+
+    def over_tp(self, width: int, tp: int) -> Self:
+        return replace(super().over_tp(width, tp), value_dim=self.size_of_value(width))
 
     def check(self, width: int, where: str) -> None:
         super().check(width, where)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from longctx.errors import InputError
 from longctx.mixers.base import Mixer, Place, RMSNorm, ValueConfig, split_heads
 from longctx.mixers.feature_maps import MAPS, Heads, Lrpe, wide
+from longctx.mixers.parts import GatedNorm
 from longctx.sequence.expected import Expected, Share, Sizes, combined, decay_traffic
 from longctx.sequence.local import LocalView
 from longctx.sequence.view import SequenceView, one_row
@@ -199,8 +200,7 @@ class Linear(Mixer):
         self.features *= 2 if is_turned else 1
         self.norm: nn.Module | None = None
         if config.output_norm:
-            sizes = {"rms": V, "all": H * V}
-            self.norm = SimpleRMSNorm() if config.norm == "simple" else RMSNorm(sizes[config.norm])
+            self.norm = self._norm(config, V)
         self.project_out = nn.Linear(H * V, place.width, bias=False)
         self.register_buffer("log_decay_H", log_decay(config.decay, H, place), persistent=False)
         self.score_scale, self.value_size = K**-0.5, V
@@ -210,6 +210,12 @@ class Linear(Mixer):
         if self.backend == "auto" and max(self.features, V + self.has_sum) > SIZES[-1]:
             # The Triton kernels end there.
             self.backend = "torch"
+
+    @staticmethod
+    def _norm(config: LinearConfig, value_dim: int) -> nn.Module:
+        if config.norm == "rms":
+            return GatedNorm(value_dim, "sigmoid" if config.gate == "sigmoid" else "silu")
+        return RMSNorm(config.num_heads * value_dim) if config.norm == "all" else SimpleRMSNorm()
 
     def project(self, x_BTD: Tensor, view: SequenceView) -> LinearParts:
         positions_BT = view.positions_BT
@@ -279,6 +285,8 @@ class Linear(Mixer):
         return (mean_BTHV[..., :-1] + own_BTH1 * total_BTHV).type_as(v_BTHV)
 
     def read(self, y_BTHV: Tensor, projected: LinearParts) -> Tensor:
+        if isinstance(self.norm, GatedNorm):
+            return self.norm(y_BTHV, projected.gate_BTHV, self.backend)
         if self.norm is not None and self.config.norm == "all":
             y_BTHV = self.norm(y_BTHV.flatten(2)).view_as(y_BTHV)
         elif self.norm is not None:

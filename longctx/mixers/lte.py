@@ -53,6 +53,8 @@ class LTEConfig(EvictingConfig, kind="lte"):
     def build(self, place: Place) -> "LTE":
         return LTE(self, place)
 
+    one_key_head_is_shared = False
+
     def verbs(self) -> frozenset[str]:
         return super().verbs() | {"halo", "reduce"}
 
@@ -173,7 +175,7 @@ class LTE(Evicting):
 
     def __init__(self, config: LTEConfig, place: Place):
         super().__init__(config, place)
-        J = self.num_kv_heads
+        J, self.parts = self.num_kv_heads, place.parts
         self.scorer = Scorer(J, 2 * self.size)
         self.register_buffer("penalty_J", torch.zeros(J))
         self.register_buffer("kept_J", torch.zeros(J))
@@ -202,7 +204,7 @@ class LTE(Evicting):
 
     def losses(self, projected: LTEParts, view: SequenceView) -> dict[str, Tensor]:
         excess_J = view.reduce_mean(projected.score_BTJ.relu())
-        return {"eviction": (self.penalty_J * excess_J).sum()}
+        return {"eviction": self.parts * (self.penalty_J * excess_J).sum()}
 
     def statistics(self, projected: LTEParts, view: SequenceView) -> dict[str, Tensor]:
         kept_J = (projected.logit_BTJ > 0).sum((0, 1))

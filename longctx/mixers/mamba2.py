@@ -8,8 +8,8 @@ with a norm over the heads of each group. Splits send one state and one gate a h
 convolution's halo; Ulysses alone sends B and C, once for each head.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from longctx_kernels.norm_gate import norm_gate
 from torch import Tensor, nn
 
 from longctx.errors import InputError
-from longctx.mixers.base import Place, StateConfig, split_heads
+from longctx.mixers.base import Place, StateConfig, indivisible, split_heads
 from longctx.mixers.parts import DecayMixer, SelectiveDecay, ShortConvolution
 from longctx.sequence.expected import Expected, Share, combined
 from longctx.sequence.view import SequenceView
@@ -50,6 +50,14 @@ class Mamba2Config(StateConfig, kind="mamba2"):
     def size_of_value(self, width: int) -> int:
         """Channels of a head."""
         return self.head_dim or 2 * width // self.num_heads
+
+    def over_tp(self, width: int, tp: int) -> Self:
+        share = super().over_tp(width, tp)
+        groups = self.num_groups // tp
+        return replace(share, head_dim=self.size_of_value(width), num_groups=groups)
+
+    def tp_refusal(self, tp: int) -> str:
+        return super().tp_refusal(tp) or indivisible("num_groups", self.num_groups, "tp", tp)
 
     def check(self, width: int, where: str) -> None:
         super().check(width, where)
@@ -90,6 +98,13 @@ class Mamba2(DecayMixer):
         self.D = nn.Parameter(torch.ones(H))
         self.norm_weight = nn.Parameter(torch.ones(H * V))
         self.project_out = nn.Linear(H * V, place.width, bias=False)
+
+    def stretches(self) -> dict[str, tuple[int, ...]]:
+        return {
+            "project_in.weight": (self.sizes[0], *self.sizes, self.num_heads),
+            "convolve.weight": self.sizes,
+            "convolve.bias": self.sizes,
+        }
 
     def project(self, x_BTD: Tensor, view: SequenceView) -> Mamba2Parts:
         H, groups = self.num_heads, self.num_groups

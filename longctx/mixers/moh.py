@@ -112,6 +112,18 @@ class MoHConfig(MixerConfig, kind="moh"):
     def on(self, backend: Backend) -> "MoHConfig":
         return replace(self, inner=self.inner.on(backend))
 
+    def over_tp(self, width: int, tp: int) -> "MoHConfig":
+        return replace(self, inner=self.inner.over_tp(width, tp))
+
+    def tp_refusal(self, tp: int) -> str:
+        if self.router == "query-norm" and tp > 1:
+            return (
+                "router = 'query-norm' compares the queries of all heads: choose 'learned', or set "
+                "parallel.tp to 1"
+            )
+        reason = self.inner.tp_refusal(tp)
+        return reason and f"inner.{reason}"
+
     def check_device(self, device: torch.device) -> None:
         self.inner.check_device(device)
 
@@ -121,12 +133,14 @@ class MoHConfig(MixerConfig, kind="moh"):
 
 
 class Routed(NamedTuple):
-    """The inner mixer's tensors, a gate per head, probabilities, and which heads a token uses."""
+    """The inner mixer's tensors; of its heads a gate and whether a token uses them; of all routed
+    heads, whosever they are, a probability and 1 if a token chooses them."""
 
     inner: Any
     gate_BTH: Tensor
-    probability_BTE: Tensor
     chosen_BTH: Tensor
+    probability_BTE: Tensor
+    chosen_BTE: Tensor
 
 
 class MoH(Mixer):
@@ -137,9 +151,11 @@ class MoH(Mixer):
         self.config = config
         self.inner = config.inner.build(place)
         self.num_heads = self.inner.num_heads
+        self.routed_heads = self.num_heads * place.parts - config.shared_heads
+        self.first_head = self.num_heads * place.part
         self.causal_selection = self.inner.causal_selection
         if config.router == "learned":
-            self.route = nn.Linear(place.width, self.num_heads - config.shared_heads, bias=False)
+            self.route = nn.Linear(place.width, self.routed_heads, bias=False)
             if config.shared_heads > 1:
                 self.share = nn.Linear(place.width, config.shared_heads, bias=False)
             if config.shared_heads:
@@ -158,7 +174,8 @@ class MoH(Mixer):
             gate = self._learned_gates(x_BTD, probability * chosen)
         else:
             gate = self._with_shared(chosen * (1 + (probability - probability.detach())))
-        return Routed(inner, gate, probability, self._with_shared(chosen) > 0)
+        uses_BTH = self._own(self._with_shared(chosen) > 0)
+        return Routed(inner, self._own(gate), uses_BTH, probability, chosen)
 
     def _learned_gates(self, x_BTD: Tensor, weight_BTE: Tensor) -> Tensor:
         """Gates of all heads, from the weights of the routed ones."""
@@ -181,6 +198,10 @@ class MoH(Mixer):
         variance = norm_BTE.var(-1, correction=correction, keepdim=True).clamp(min=1e-24)
         return (norm_BTE - norm_BTE.mean(-1, keepdim=True)) * variance.rsqrt()
 
+    def _own(self, x_BTH: Tensor) -> Tensor:
+        """Of the heads that are computed here."""
+        return x_BTH.narrow(-1, self.first_head, self.num_heads)
+
     def _with_shared(self, x_BTE: Tensor) -> Tensor:
         """Of all heads, with ones for shared ones."""
         shared = x_BTE.new_ones(*x_BTE.shape[:-1], self.config.shared_heads)
@@ -193,8 +214,7 @@ class MoH(Mixer):
         return logits_BTE
 
     def losses(self, projected: Routed, view: SequenceView) -> dict[str, Tensor]:
-        chosen_BTE = projected.chosen_BTH[..., self.config.shared_heads :]
-        both_BTE = torch.cat((projected.probability_BTE, chosen_BTE), -1)
+        both_BTE = torch.cat((projected.probability_BTE, projected.chosen_BTE), -1)
         probability_E, share_E = view.reduce_mean(both_BTE).chunk(2)
         balance = (probability_E * share_E).sum() * share_E.numel()
         inner = self.inner.losses(projected.inner, view)
@@ -202,10 +222,9 @@ class MoH(Mixer):
 
     def statistics(self, projected: Routed, view: SequenceView) -> dict[str, Tensor]:
         inner = self.inner.statistics(projected.inner, view)
-        chosen_BTE = projected.chosen_BTH[..., self.config.shared_heads :]
         wide = torch.promote_types(projected.probability_BTE.dtype, torch.float32)
         return {f"inner/{name}": value for name, value in inner.items()} | {
-            "load": chosen_BTE.sum((0, 1), dtype=wide),
+            "load": projected.chosen_BTE.sum((0, 1), dtype=wide),
             "entropy": torch.special.entr(projected.probability_BTE.to(wide)).sum(),
         }
 
@@ -241,7 +260,7 @@ class MoH(Mixer):
 
     def expected_traffic(self, share: Share) -> Expected:
         """Of `inner`, or of its keys if they are gathered; and of two means of all routed heads."""
-        means = reduce_traffic(share, 2 * (self.num_heads - self.config.shared_heads), (1, 1))
+        means = reduce_traffic(share, 2 * self.routed_heads, (1, 1))
         if self.config.compute == "dense":
             return combined((self.inner.expected_traffic(share), means))
         inner: Any = self.inner

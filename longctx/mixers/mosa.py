@@ -66,6 +66,14 @@ class MosaConfig(RotaryConfig, kind="mosa"):
     def refusal(self, transports: Transports) -> str:
         return ""
 
+    def tp_refusal(self, tp: int) -> str:
+        if self.selection == "token_choice" and tp > 1:
+            return (
+                "selection = 'token_choice' compares all heads of a token: choose 'threshold', or "
+                "set parallel.tp to 1"
+            )
+        return super().tp_refusal(tp)
+
     def verbs(self) -> frozenset[str]:
         more = {"threshold": {"halo"}, "token_choice": {"halo", "reduce"}, "expert_choice": set()}
         return frozenset({"select"} | more[self.selection])

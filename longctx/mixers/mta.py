@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from longctx.errors import InputError
 from longctx.mixers.attention import Attention, AttentionParts, SparseConfig
-from longctx.mixers.base import Place
+from longctx.mixers.base import Place, indivisible
 from longctx.sequence.expected import Expected, Share, combined, halo_traffic
 from longctx.sequence.local import LocalView
 from longctx.sequence.policy import Window
@@ -49,6 +49,11 @@ class MTAConfig(SparseConfig, kind="mta"):
     def policy(self) -> Window:
         """Which tokens take part: filters reach a little beyond the window."""
         return Window(self.window + min(self.past_queries - 1, self.near_keys // 2))
+
+    def tp_refusal(self, tp: int) -> str:
+        groups = self.num_heads // self.mixed_heads
+        reason = indivisible("num_heads / mixed_heads", groups, "tp", tp)
+        return super().tp_refusal(tp) or reason
 
     def check_length(self, seq_len: int, where: str) -> None:
         self.check_window(self.window, seq_len, where)

@@ -45,6 +45,8 @@ class NATSConfig(SparseConfig, kind="nats"):
     def build(self, place: Place) -> "NATS":
         return NATS(self, place)
 
+    one_key_head_is_shared = False
+
     def verbs(self) -> frozenset[str]:
         return frozenset({"gather", "reduce", "select"})
 
@@ -74,6 +76,7 @@ class NATS(Attention):
 
     def __init__(self, config: NATSConfig, place: Place):
         super().__init__(config, place)
+        self.part, self.parts = place.part, place.parts
         self.role = nn.Linear(place.width, 3 * self.num_kv_heads, bias=False)
 
     def project(self, x_BTD: Tensor, view: SequenceView) -> NATSParts:
@@ -81,7 +84,8 @@ class NATS(Attention):
         wide = torch.promote_types(x_BTD.dtype, torch.float32)
         logits = self.role(x_BTD).to(wide).unflatten(-1, (self.num_kv_heads, 3))
         if self.config.noise and self.training and view.keys_BT is not None:
-            chance = view.uniform("router", 3 * self.num_kv_heads).view(logits.shape)
+            of_all = view.uniform("router", 3 * self.num_kv_heads * self.parts)
+            chance = of_all.chunk(self.parts, -1)[self.part].view(logits.shape)
             gumbel = -(-chance.clamp(min=1e-7).log()).log()
             logits = logits + self.config.noise * gumbel
         probability = logits.softmax(-1)

@@ -64,6 +64,8 @@ class NSAConfig(SparseConfig, kind="nsa"):
     def build(self, place: Place) -> "NSA":
         return NSA(self, place)
 
+    one_key_head_is_shared = False
+
     def verbs(self) -> frozenset[str]:
         return frozenset({"fetch", "means"})
 
@@ -129,6 +131,10 @@ class NSA(Attention):
             self.more_keys = nn.Linear(place.width, both, bias=False)
             self.more_values = nn.Linear(place.width, both, bias=False)
             self.more_norm = RMSNorm(self.size) if config.qk_norm else nn.Identity()
+
+    def stretches(self) -> dict[str, tuple[int, ...]]:
+        branches = 2 * (self.num_kv_heads * self.size,)
+        return {"more_keys.weight": branches, "more_values.weight": branches}
 
     def project(self, x_BTD: Tensor, view: SequenceView) -> NSAParts:
         q_BTHK, k_BTJK, v_BTJV, gate_BTHV = self.attention_parts(x_BTD, view)

@@ -10,7 +10,7 @@ from longctx_kernels.norm_gate import norm_gate
 from longctx_kernels.short_convolution import short_convolution
 from torch import Tensor, nn
 
-from longctx.mixers.base import Mixer, StateConfig
+from longctx.mixers.base import Mixer, RMSNorm, StateConfig
 from longctx.sequence.expected import Expected, Gate, Share, Sizes, decay_traffic, halo_traffic
 from longctx.sequence.local import LocalView
 from longctx.sequence.view import SequenceView, one_row
@@ -60,18 +60,22 @@ class ShortConvolution(nn.Module):
         return halo_traffic(share, width - 1, channels)
 
 
-class GatedNorm(nn.Module):
+class GatedNorm(RMSNorm):
     """RMSNorm of each head's output, times an activation of a gate, if there is one."""
 
     def __init__(
         self, size: int, activation: Literal["silu", "sigmoid"] = "silu", eps: float = 1e-6
     ):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.activation, self.eps = activation, eps
+        super().__init__(size, eps)
+        self.activation = activation
 
-    def forward(self, y_BTHV: Tensor, gate_BTHV: Tensor | None, backend: str = "auto") -> Tensor:
+    def forward(
+        self, y_BTHV: Tensor, gate_BTHV: Tensor | None = None, backend: str = "auto"
+    ) -> Tensor:
         """Normalised and gated `y`."""
+        if self.mean_over_parts is not None:
+            assert gate_BTHV is None, "what is normalised over all heads has no gate"
+            return super().forward(y_BTHV)
         return norm_gate(
             y_BTHV,
             gate_BTHV,

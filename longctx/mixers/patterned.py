@@ -31,6 +31,10 @@ class PatternedConfig(SparseConfig):
     def policy(self) -> Policy:
         """Who sees whom."""
 
+    def policy_at(self, _place: Place) -> Policy:
+        """The same for the share of the heads that stands there."""
+        return self.policy()
+
     def build(self, place: Place) -> "Patterned":
         return Patterned(self, place)
 
@@ -60,7 +64,7 @@ class Patterned(Attention):
 
     def __init__(self, config: PatternedConfig, place: Place):
         super().__init__(config, place)
-        self.policy = config.policy()
+        self.policy = config.policy_at(place)
 
     def core(self, projected: AttentionParts, view: SequenceView) -> Tensor:
         backend = self.config.computes_with

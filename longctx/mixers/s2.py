@@ -4,9 +4,10 @@ A query sees the last blocks, and of all before those whose number is right for 
 count from the start of a document.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from longctx.errors import InputError
+from longctx.mixers.base import Place
 from longctx.mixers.patterned import PatternedConfig
 from longctx.sequence.policy import Sharded
 
@@ -26,6 +27,12 @@ class S2Config(PatternedConfig, kind="s2"):
 
     def policy(self) -> Sharded:
         return Sharded(self.block, self.local_blocks, self.stride, self.key_heads, self.dense_heads)
+
+    one_key_head_is_shared = False
+
+    def policy_at(self, place: Place) -> Sharded:
+        heads = self.key_heads * place.parts
+        return replace(self.policy(), heads=heads, part=place.part, parts=place.parts)
 
     def check(self, width: int, where: str) -> None:
         super().check(width, where)

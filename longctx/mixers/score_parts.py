@@ -63,9 +63,9 @@ class ReluGate(nn.Module):
         return self.norm(y) * (y * self.rate.to(y.dtype)).sigmoid()
 
 
-def alibi_slopes(heads: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def alibi_slopes(heads: int) -> Tensor:
     """2^(-8 h / heads), h from 1."""
-    return 2.0 ** (-8 * torch.arange(1, heads + 1, dtype=dtype, device=device) / heads)
+    return 2.0 ** (-8 * torch.arange(1, heads + 1, dtype=torch.float64) / heads)
 
 
 class Remembered(NamedTuple):

@@ -82,6 +82,14 @@ class ScoredConfig(SparseConfig, kind="scored"):
         by_heads = self.bias == "forget" and transports.prefix == "ulysses"
         return HeadsConfig.refusal(self, transports) if by_heads else ""
 
+    def tp_refusal(self, tp: int) -> str:
+        if self.temperature == "ssa" and tp > 1:
+            return (
+                "temperature = 'ssa' mixes all heads in its factors: choose 'none', or set "
+                "parallel.tp to 1"
+            )
+        return super().tp_refusal(tp)
+
     def check_length(self, seq_len: int, where: str) -> None:
         self.check_window(self.window, seq_len, where)
 
@@ -146,6 +154,7 @@ class Scored(Attention):
     """See the module's docstring."""
 
     config: ScoredConfig
+    slope_H: Tensor | None
 
     def __init__(self, config: ScoredConfig, place: Place):
         super().__init__(config, place)
@@ -164,6 +173,8 @@ class Scored(Attention):
             self.relu_gate = ReluGate(H * K)
         if config.sink:
             self.sink = nn.Parameter(torch.zeros(H))
+        slope_H = alibi_slopes(H) if config.bias == "alibi" else None
+        self.register_buffer("slope_H", slope_H, persistent=False)
 
     def project(self, x_BTD: Tensor, view: SequenceView) -> ScoredParts:
         q_BTHK, k_BTJK, v_BTJV, gate_BTHV = self.attention_parts(x_BTD, view)
@@ -193,7 +204,7 @@ class Scored(Attention):
     def _scoring(self, projected: ScoredParts, runs: Runs) -> Scoring:
         """What is added to scores, in at least fp32."""
         config, H = self.config, self.num_heads
-        key_bias = query_bias = slope = None
+        key_bias = query_bias = None
         dtype = torch.promote_types(projected.q_BTHK.dtype, torch.float32)
         if projected.log_keep_BTH is not None:
             log_keep = projected.log_keep_BTH[..., None]
@@ -201,8 +212,7 @@ class Scored(Attention):
             one = 1 + 0 * log_keep
             sums = runs.decay_attention(one, one, log_keep, None, config.computes_with)
             query_bias, key_bias = sums[..., 0], -sums[..., 0]
-        if config.bias == "alibi":
-            slope = alibi_slopes(H, dtype, projected.q_BTHK.device)
+        slope = None if self.slope_H is None else self.slope_H.to(dtype)
         if config.normaliser == "sigmoid":
             ln_BT1 = self._keys_seen(projected.position_BT).to(dtype).log()[..., None]
             query_bias = -ln_BT1.expand(-1, -1, H) if query_bias is None else query_bias - ln_BT1

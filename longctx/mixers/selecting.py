@@ -34,6 +34,8 @@ class SelectingConfig(SparseConfig):
     num_blocks: int = 3
     """Blocks that a query sees, its own included."""
 
+    one_key_head_is_shared = False
+
     def check(self, width: int, where: str) -> None:
         super().check(width, where)
         self.check_positive(where, "block")

@@ -3,9 +3,10 @@
 Both sum what their heads or layers would see in turn: near tokens, and far ones, in every head.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from longctx.errors import InputError
+from longctx.mixers.base import Place, indivisible
 from longctx.mixers.patterned import PatternedConfig
 from longctx.sequence.policy import Fixed, Strided
 
@@ -24,6 +25,13 @@ class FixedConfig(PatternedConfig, kind="fixed"):
 
     def policy(self) -> Fixed:
         return Fixed(self.block, self.columns, self.verticals, self.key_heads)
+
+    def policy_at(self, place: Place) -> Fixed:
+        return replace(self.policy(), first=place.part * self.key_heads)
+
+    def tp_refusal(self, tp: int) -> str:
+        parted = indivisible("num_kv_heads", self.key_heads, "tp", tp)
+        return super().tp_refusal(tp) or (parted if self.verticals > 1 else "")
 
     def check(self, width: int, where: str) -> None:
         super().check(width, where)

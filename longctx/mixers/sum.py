@@ -4,7 +4,7 @@ Gates, if there are any, are a softmax over the parts times their number, so tha
 keep the plain sum.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -50,12 +50,23 @@ class SumConfig(MixerConfig, kind="sum"):
     def on(self, backend: Backend) -> "SumConfig":
         return replace(self, parts={name: part.on(backend) for name, part in self.parts.items()})
 
+    def over_tp(self, width: int, tp: int) -> "SumConfig":
+        parts = {name: part.over_tp(width, tp) for name, part in self.parts.items()}
+        return replace(self, parts=parts)
+
+    def tp_refusal(self, tp: int) -> str:
+        return _first((name, part.tp_refusal(tp)) for name, part in self.parts.items())
+
     def refusal(self, transports: Transports) -> str:
-        found = ((name, part.refusal(transports)) for name, part in self.parts.items())
-        return next((f"parts.{name}.{reason}" for name, reason in found if reason), "")
+        return _first((name, part.refusal(transports)) for name, part in self.parts.items())
 
     def verbs(self) -> frozenset[str]:
         return frozenset().union(*(part.verbs() for part in self.parts.values()))
+
+
+def _first(reasons: Iterable[tuple[str, str]]) -> str:
+    """The first reason of a part, with its name."""
+    return next((f"parts.{name}.{reason}" for name, reason in reasons if reason), "")
 
 
 class Summands(NamedTuple):

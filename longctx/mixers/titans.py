@@ -155,6 +155,10 @@ class Titans(Mixer):
         self.gate = None if config.window else nn.Linear(width, H * K, bias=False)
         self.project_out = nn.Linear(H * K, width, bias=False)
 
+    def stretches(self) -> dict[str, tuple[int, ...]]:
+        channels = self.num_heads * self.key_dim
+        return {"gates.weight": 3 * (self.num_heads,), "convolve.weight": 3 * (channels,)}
+
     def project(self, x_BTD: Tensor, view: SequenceView) -> TitansParts:
         H, K = self.num_heads, self.key_dim
         mixed = torch.cat((self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)), -1)

@@ -2,17 +2,21 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from longctx.errors import InputError
-from longctx.mixers import Mixer, MixerConfig, Place
+from longctx.mixers import MixerConfig, Place
 from longctx.mixers.attention import AttentionConfig
-from longctx.mixers.base import Backend, Mixed, RMSNorm
+from longctx.mixers.base import Backend, RMSNorm
+from longctx.model.block import Block
 from longctx.model.layers import FEED_FORWARD
 from longctx.model.loss import count_correct, linear_cross_entropy
+from longctx.model.memory import BlockMemory, MemoryConfig
+from longctx.model.offload import Copier, waiting_room
 from longctx.sequence.local import LocalView
 from longctx.sequence.view import SequenceView
 
@@ -103,6 +107,11 @@ class ModelConfig:
         return (self.pattern * -(-self.depth // len(self.pattern)))[: self.depth]
 
     @property
+    def reuses_keys(self) -> bool:
+        """Whether any layer takes keys or values of another."""
+        return any(_reuses_keys(mixer) for mixer in self.layers)
+
+    @property
     def layers(self) -> tuple[MixerConfig, ...]:
         """The mixer of each layer that has one."""
         return tuple(
@@ -110,50 +119,33 @@ class ModelConfig:
         )
 
 
-class Block(nn.Module):
-    """Pre-norm mixer and feed-forward layer around the residual stream; one of them may lack."""
+def _reuses_keys(mixer: MixerConfig) -> bool:
+    inner = getattr(mixer, "inner", mixer)
+    return isinstance(inner, AttentionConfig) and inner.reuses != "nothing"
 
-    def __init__(self, config: ModelConfig, layer: int):
-        super().__init__()
-        width, letter = config.width, config.letters[layer]
-        self.mixer: Mixer | None = None
-        self.mlp: nn.Module | None = None
-        if letter != MLP_ONLY:
-            self.mixer_norm = RMSNorm(width)
-            mixer = config.mixers[letter].on(config.backend)
-            self.mixer = mixer.build(Place(width, layer, config.depth))
-        if letter not in config.without_mlp:
-            self.mlp_norm = RMSNorm(width)
-            hidden = config.mlp_hidden or -(-width * 8 // 96) * 32
-            self.mlp = FEED_FORWARD[config.mlp](width, hidden)
-        self.dropout = config.dropout
 
-    def forward(self, x_BTD: Tensor, view: SequenceView) -> Mixed:
-        """New residual stream, and the mixer's losses and statistics."""
-        losses: dict[str, Tensor] = {}
-        statistics: dict[str, Tensor] = {}
-        if self.mixer is not None:
-            out_BTD, losses, statistics = self.mixer(self.mixer_norm(x_BTD), view)
-            x_BTD = x_BTD + self._drop(out_BTD, view, "mixer dropout")
-        if self.mlp is not None:
-            out_BTD = self.mlp(self.mlp_norm(x_BTD))
-            x_BTD = x_BTD + self._drop(out_BTD, view, "mlp dropout")
-        return Mixed(x_BTD, losses, statistics)
+def build_block(config: ModelConfig, layer: int, memory: MemoryConfig) -> Block:
+    """One layer of the decoder."""
+    letter, mixer, mlp = config.letters[layer], None, None
+    if letter != MLP_ONLY:
+        place = Place(config.width, layer, config.depth)
+        built = config.mixers[letter].on(config.backend).build(place)
+        mixer = RMSNorm(config.width), built
+    if letter not in config.without_mlp:
+        hidden = config.mlp_hidden or -(-config.width * 8 // 96) * 32
+        mlp = RMSNorm(config.width), FEED_FORWARD[config.mlp](config.width, hidden)
+    takes_keys = mixer is not None and _reuses_keys(config.mixers[letter])
+    own = BlockMemory(memory.of_layer(letter), memory.mlp_tokens, takes_keys)
+    return Block(mixer, mlp, config.dropout, own)
 
-    def _drop(self, x_BTD: Tensor, view: SequenceView, purpose: str) -> Tensor:
-        if not (self.dropout and self.training):
-            return x_BTD
-        kept_BTD = view.uniform(purpose, x_BTD.shape[-1]) >= self.dropout
-        return x_BTD * kept_BTD / (1 - self.dropout)
 
-    def step(self, x_BTD: Tensor, view: LocalView, memory: Any) -> tuple[Tensor, Any]:
-        """The same for the next tokens of a sequence."""
-        if self.mixer is not None:
-            out_BTD, memory = self.mixer.step(self.mixer_norm(x_BTD), view, memory)
-            x_BTD = x_BTD + out_BTD
-        if self.mlp is not None:
-            x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD))
-        return x_BTD, memory
+def outside_blocks(config: ModelConfig, vocab_size: int) -> tuple[nn.Embedding, RMSNorm, nn.Linear]:
+    """Embedding, last norm and head."""
+    embedding = nn.Embedding(vocab_size, config.width)
+    head = nn.Linear(config.width, vocab_size, bias=False)
+    if config.tied_head:
+        head.weight = embedding.weight
+    return embedding, RMSNorm(config.width), head
 
 
 class Losses(NamedTuple):
@@ -170,23 +162,31 @@ class Losses(NamedTuple):
 class Decoder(nn.Module):
     """Embedding, blocks, norm and head."""
 
-    def __init__(self, config: ModelConfig, vocab_size: int):
+    def __init__(self, config: ModelConfig, vocab_size: int, memory: MemoryConfig | None = None):
         super().__init__()
-        self.config = config
-        self.embedding = nn.Embedding(vocab_size, config.width)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
-        self.norm = RMSNorm(config.width)
-        self.head = nn.Linear(config.width, vocab_size, bias=False)
-        if config.tied_head:
-            self.head.weight = self.embedding.weight
+        self.config, self.memory = config, memory or MemoryConfig()
+        self.memory.check(config.letters)
+        self.blocks = nn.ModuleList(
+            build_block(config, layer, self.memory) for layer in range(config.depth)
+        )
+        self.embedding, self.norm, self.head = outside_blocks(config, vocab_size)
+        rows = self.memory.loss_tokens
+        self.cross_entropy = partial(linear_cross_entropy, rows=rows)
+        self.count_correct = partial(count_correct, rows=rows)
+        self.copier: Copier | None = None
 
     def forward(self, tokens_BT: Tensor, labels_BT: Tensor, view: SequenceView) -> Losses:
         """Losses of a batch whose labels are already shifted; label -100 is left out."""
-        x_BTD, view = self.embedding(tokens_BT), view.with_shelf()
+        x_BTD = self.embedding(tokens_BT)
+        if self.config.reuses_keys:
+            view = view.with_shelf()
+        room = None
+        if self.memory.activations == "cpu" and torch.is_grad_enabled():
+            room = waiting_room(x_BTD.device, self.copier)
         by_name: dict[str, list[Tensor]] = {}
         statistics: dict[str, Tensor] = {}
         for layer, block in enumerate(self.blocks):
-            x_BTD, losses, sums = block(x_BTD, view.at(layer))
+            x_BTD, losses, sums = block(x_BTD, view.at(layer), room)
             for name, loss in losses.items():
                 by_name.setdefault(name, []).append(loss)
             statistics |= {f"{layer}.{name}": value for name, value in sums.items()}
@@ -197,8 +197,8 @@ class Decoder(nn.Module):
             dtype = torch.get_autocast_dtype(hidden_MD.device.type)
             hidden_MD, weight_VD = hidden_MD.to(dtype), weight_VD.to(dtype)
         operands = hidden_MD, weight_VD, labels_BT.flatten()
-        correct = None if self.training else count_correct(*operands)
-        return Losses(linear_cross_entropy(*operands), means, statistics, correct)
+        correct = None if self.training else self.count_correct(*operands)
+        return Losses(self.cross_entropy(*operands), means, statistics, correct)
 
     @torch.no_grad()
     def adapt(self, sums: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
@@ -245,18 +245,23 @@ class Decoder(nn.Module):
 
 @torch.no_grad()
 def initialise(model: Decoder, seed: int) -> None:
+    """Gives a whole model its first weights."""
+    draw(model, model.config, seed, "")
+
+
+@torch.no_grad()
+def draw(module: nn.Module, config: ModelConfig, seed: int, prefix: str) -> None:
     """Draws every matrix, and what modules draw in their own way by a method `initial`.
 
-    From a generator keyed by seed and name, so order cannot matter.
+    From a generator keyed by seed and name, which begins with `prefix`, so order cannot matter.
     """
-    config = model.config
-    modules = dict(model.named_modules())
-    for name, parameter in model.named_parameters():
-        key = hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]
+    modules = dict(module.named_modules())
+    for name, parameter in module.named_parameters():
+        key = hashlib.sha256(f"{seed}/{prefix}{name}".encode()).digest()[:8]
         generator = torch.Generator().manual_seed(int.from_bytes(key, "big") >> 1)
         owner, _, own_name = name.rpartition(".")
-        draw = getattr(modules[owner], "initial", None)
-        drawn = draw(own_name, generator) if draw else None
+        own_way = getattr(modules[owner], "initial", None)
+        drawn = own_way(own_name, generator) if own_way else None
         if drawn is None and parameter.dim() >= 2:
             std = config.init_std
             if name.endswith("project_out.weight"):

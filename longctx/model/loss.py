@@ -9,27 +9,30 @@ IGNORE = -100
 CHUNK_ELEMENTS = 1 << 24
 
 
-def linear_cross_entropy(hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor) -> Tensor:
+def linear_cross_entropy(
+    hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, rows: int = 0
+) -> Tensor:
     """Sum over labels other than -100 of the negative log probability, in at least fp32.
 
     PyTorch's own function serves where it exists and the operands are wide. It rounds the loss of
-    bf16 operands to bf16 (1.3 off in a sum of 140), so those take the loop below.
+    bf16 operands to bf16 (1.3 off in a sum of 140), so those take the loop below. Logits are held
+    of `rows` tokens at a time, or of as many as make CHUNK_ELEMENTS.
     """
+    rows = rows or _rows_per_chunk(weight_VD)
     if hidden_MD.dtype != torch.bfloat16 and hasattr(F, "linear_cross_entropy"):
-        options = torch.nn.LinearCrossEntropyOptions(
-            batch_chunk_size=_rows_per_chunk(weight_VD), acc_policy="accurate"
-        )
+        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows, acc_policy="accurate")
         return F.linear_cross_entropy(
             hidden_MD, weight_VD, labels_M, reduction="sum", ignore_index=IGNORE, options=options
         )
-    return _ChunkedCrossEntropy.apply(hidden_MD, weight_VD, labels_M)
+    return _ChunkedCrossEntropy.apply(hidden_MD, weight_VD, labels_M, rows)
 
 
 @torch.no_grad()
-def count_correct(hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor) -> Tensor:
+def count_correct(hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, rows: int = 0) -> Tensor:
     """How many labels other than -100 have the largest logit; the earlier class wins ties."""
     asked = (labels_M != IGNORE).nonzero()[:, 0]
-    rows, total = _rows_per_chunk(weight_VD), torch.zeros((), dtype=torch.long, device=asked.device)
+    rows = rows or _rows_per_chunk(weight_VD)
+    total = torch.zeros((), dtype=torch.long, device=asked.device)
     for hidden, labels in zip(hidden_MD[asked].split(rows), labels_M[asked].split(rows)):
         total += ((hidden @ weight_VD.mT).argmax(-1) == labels).sum()
     return total
@@ -43,12 +46,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Computes the gradients beside the loss, one chunk of tokens after another."""
 
     @staticmethod
-    def forward(ctx, hidden_MD, weight_VD, labels_M):
+    def forward(ctx, hidden_MD, weight_VD, labels_M, rows):
         wide = torch.promote_types(hidden_MD.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=hidden_MD.device)
         dhidden_MD = torch.empty_like(hidden_MD)
         dweight_VD = torch.zeros_like(weight_VD, dtype=wide)
-        rows = _rows_per_chunk(weight_VD)
         for hidden, labels, dhidden in zip(
             hidden_MD.split(rows), labels_M.split(rows), dhidden_MD.split(rows), strict=True
         ):
@@ -67,4 +69,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, dtotal):
         dhidden_MD, dweight_VD = ctx.saved_tensors
         scale = dtotal.to(dhidden_MD.dtype)
-        return dhidden_MD * scale, dweight_VD * scale, None
+        return dhidden_MD * scale, dweight_VD * scale, None, None

@@ -22,6 +22,16 @@ class ParallelConfig:
     """Replicas that work on different sequences; 0 means processes / sp."""
     sp: int = 1
     """Processes that share each sequence."""
+    tp: int = 1
+    """Processes that share the heads, hidden columns and vocabulary of each layer."""
+    engine: Literal["fsdp2", "deepspeed", "none"] = "fsdp2"
+    """Who holds weights and optimizer state; none, and one process alone: everybody everything."""
+    zero_stage: Literal[1, 2, 3] = 3
+    """What DeepSpeed spreads: optimizer state (1), gradients too (2), weights too (3)."""
+    weights: Literal["fp32", "bf16"] = "fp32"
+    """How FSDP2 sends weights of layers; bf16 halves the traffic and rounds norms and gates too."""
+    replicas: int = 1
+    """Copies of the weights; each is spread over processes / tp / replicas (fsdp2)."""
     placement: Literal["auto", "contiguous", "zigzag", "mirror"] = "auto"
     """Which parts of a sequence a rank holds; auto: mirror with heads, zigzag if softmax layers
     see whole documents, else contiguous."""
@@ -37,9 +47,13 @@ class ParallelConfig:
     """How long a rank waits for another before the run ends."""
 
     def __post_init__(self) -> None:
-        for name in ("sp", "heads", "timeout_seconds"):
+        for name in ("sp", "tp", "replicas", "heads", "timeout_seconds"):
             if getattr(self, name) < 1:
                 raise InputError(f"parallel.{name} = {getattr(self, name)}: must be at least 1")
+        if self.weights != "fp32" and self.engine != "fsdp2":
+            raise InputError(
+                f"parallel.weights = {self.weights!r}: only engine 'fsdp2' sends weights in it"
+            )
         for name in ("dp", "gather_heads"):
             if getattr(self, name) < 0:
                 raise InputError(f"parallel.{name} = {getattr(self, name)}: must not be negative")
@@ -53,6 +67,9 @@ class Split:
     sp: int
     placement: str
     transports: Transports
+    tp: int = 1
+    engine: str = "none"
+    replicas: int = 1
 
     def place(self, seq_len: int) -> Placement:
         """Where the parts of a sequence lie."""
@@ -63,7 +80,7 @@ def resolve(
     config: ParallelConfig, layers: Sequence[MixerConfig], processes: int, seq_len: int
 ) -> Split:
     """Settles `auto`, and refuses what these layers cannot do on this many processes."""
-    dp = _replicas(config, processes)
+    dp = _batches(config, processes)
     sees_all = any({"stream", "gather", "select", "means"} & layer.verbs() for layer in layers)
     placement = config.placement
     if placement == "auto":
@@ -76,22 +93,35 @@ def resolve(
         prefix = "scan" if config.sp >= SCAN_PAYS_FROM else "allgather"
     stream = "allgather" if config.stream == "auto" else config.stream
     transports = Transports(prefix, stream, config.heads, config.gather_heads)
-    split = Split(dp, config.sp, placement, transports)
+    engine = "none" if config.engine == "fsdp2" and dp * config.sp == 1 else config.engine
+    split = Split(dp, config.sp, placement, transports, config.tp, engine, config.replicas)
     _check(split, layers, seq_len)
     return split
 
 
-def _replicas(config: ParallelConfig, processes: int) -> int:
-    if processes % config.sp:
+def _batches(config: ParallelConfig, processes: int) -> int:
+    """How many processes, or groups of them, work on different sequences."""
+    together = config.sp * config.tp
+    sizes = f"parallel.sp = {config.sp}" + f" times parallel.tp = {config.tp}" * (config.tp > 1)
+    if processes % together:
         raise InputError(
-            f"parallel.sp = {config.sp} does not divide the {processes} processes of this run; "
-            "start a multiple of sp processes (torchrun --nproc-per-node, or launch/local.sh -n)"
+            f"{sizes} does not divide the {processes} processes of this run; "
+            f"start a multiple of {together} (torchrun --nproc-per-node, or launch/local.sh -n)"
         )
-    dp = processes // config.sp
+    dp = processes // together
     if config.dp not in (0, dp):
         raise InputError(
-            f"parallel.dp = {config.dp} times parallel.sp = {config.sp} is not the {processes} "
-            "processes of this run; leave dp at 0 or start that many"
+            f"parallel.dp = {config.dp} times {sizes} is not the {processes} processes of this "
+            "run; leave dp at 0 or start that many"
+        )
+    if (dp * config.sp) % config.replicas:
+        raise InputError(
+            f"parallel.replicas = {config.replicas} does not divide the {dp * config.sp} "
+            "processes that hold weights (processes / parallel.tp)"
+        )
+    if config.replicas > 1 and config.engine != "fsdp2":
+        raise InputError(
+            f"parallel.replicas = {config.replicas}: only engine 'fsdp2' has replicas of shards"
         )
     return dp
 

@@ -1,13 +1,17 @@
 """Processes and their groups; the only reader of what a launcher puts into the environment."""
 
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from longctx.parallel.config import Split
+from longctx.parallel.crew import GlooCrew
+from longctx.parallel.megatron import TensorGroup, drop_tensor_groups, make_tensor_group
+from longctx.parallel.rendezvous import join
 from longctx.sequence.c10d import ProcessGroup
 from longctx.sequence.ledger import Label, Ledger
 from longctx.sequence.local import LocalView
@@ -16,6 +20,8 @@ from longctx.sequence.sharded import Links, ShardedView
 from longctx.sequence.view import SequenceView
 
 OUTSIDE_LAYERS = -1
+SECONDS_TO_WRITE = 3600
+"""How long processes wait for the slowest of them to write its part of a checkpoint."""
 
 
 def world_size() -> int:
@@ -33,40 +39,55 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def processes_here() -> int:
+    """Processes of this run on this host."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 class Mesh:
-    """This process among dp x sp; ranks that share sequences are neighbours."""
+    """This process among dp x sp x tp; ranks that share heads are neighbours, then those that share
+    sequences."""
 
     def __init__(self, split: Split, device: torch.device, timeout_seconds: int):
         self.split, self.device, self.ledger = split, device, Ledger()
         self._timeout = timedelta(seconds=timeout_seconds)
-        self.size = split.dp * split.sp
+        self.data_size = split.dp * split.sp
+        self.size = self.data_size * split.tp
         self.rank = 0
+        self.is_joined = self.size > 1 or split.engine != "none"
+        backend = "nccl" if device.type == "cuda" else "gloo"
         if self.size > 1:
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=self._timeout)
+            join(backend, self._timeout)
             self.rank = dist.get_rank()
-            self._world = ProcessGroup(dist.group.WORLD, self.ledger)
-        self.dp_rank, self.sp_rank = divmod(self.rank, split.sp)
+        elif self.is_joined:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        if self.is_joined:
+            self._world = self._data = ProcessGroup(dist.group.WORLD, self.ledger)
+        self.data_rank, self.tp_rank = divmod(self.rank, split.tp)
+        self.dp_rank, self.sp_rank = divmod(self.data_rank, split.sp)
+        self.tensor_group: TensorGroup | None = None
+        if split.tp > 1:
+            self.tensor_group = make_tensor_group(split.tp, split.sp, self._timeout, self.ledger)
+            ranks = [list(range(t, self.size, split.tp)) for t in range(split.tp)]
+            self._data = self._own_group(ranks)
         self._links = self._make_links() if split.sp > 1 else None
+
+    def _own_group(self, groups: Sequence[Sequence[int]]) -> ProcessGroup:
+        """Makes all these groups of ranks, as every process must; the one that this one is in."""
+        made = {tuple(r): dist.new_group(list(r), timeout=self._timeout) for r in groups}
+        return next(ProcessGroup(made[r], self.ledger) for r in made if self.rank in r)
 
     def _make_links(self) -> Links:
         """Every process makes all groups, in the same order, and keeps its own."""
-        sp, heads = self.split.sp, self.split.transports.heads
-        mine: dict[str, ProcessGroup] = {}
-        for first in range(0, self.size, sp):
-            members = list(range(first, first + sp))
-            layout = {
-                "sequence": [members],
-                "chain": [members],
-                "heads": [members[j : j + heads] for j in range(0, sp, heads)],
-                "ring": [members[u::heads] for u in range(heads)],
-            }
-            for name, groups in layout.items():
-                for ranks in groups:
-                    group = dist.new_group(ranks, timeout=self._timeout)
-                    if self.rank in ranks:
-                        mine[name] = ProcessGroup(group, self.ledger)
-        return Links(**mine)
+        sp, tp, heads = self.split.sp, self.split.tp, self.split.transports.heads
+        firsts = [d * sp * tp + t for d in range(self.split.dp) for t in range(tp)]
+        rings = [range(first, first + sp * tp, tp) for first in firsts]
+        return Links(
+            sequence=self._own_group(rings),
+            chain=self._own_group(rings),
+            heads=self._own_group([r[j : j + heads] for r in rings for j in range(0, sp, heads)]),
+            ring=self._own_group([r[u::heads] for r in rings for u in range(heads)]),
+        )
 
     def view(self, documents: Documents, seq_len: int) -> SequenceView:
         """The view of a batch whose rows hold these documents."""
@@ -80,21 +101,36 @@ class Mesh:
         return tuple(map(tuple, self.split.place(seq_len).segments[self.sp_rank]))
 
     def sum(self, x: Tensor, name: str) -> Tensor:
-        """Sum over all processes."""
-        if self.size == 1:
-            return x
-        return self._world.all_reduce(x, Label(OUTSIDE_LAYERS, name))
+        """Sum over the processes with different tokens, equal on all."""
+        return self._data.all_reduce(x, Label(OUTSIDE_LAYERS, name)) if self.data_size > 1 else x
 
-    def sum_gradients(self, model: nn.Module) -> None:
-        """Adds up the gradients of all processes, in one message."""
+    def sum_over_all(self, x: Tensor, name: str) -> Tensor:
+        """Sum over all processes."""
+        return self._world.all_reduce(x, Label(OUTSIDE_LAYERS, name)) if self.size > 1 else x
+
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """This of every process, in order of ranks."""
         if self.size == 1:
+            return [x]
+        return self._world.all_gather(x, Label(OUTSIDE_LAYERS, "replicas")).wait()
+
+    def sum_gradients(self, gradients: Sequence[Tensor]) -> None:
+        """Adds up those of all processes that hold the same weights, in one message; in place."""
+        if self.data_size == 1:
             return
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        total = self.sum(torch.cat([g.flatten() for g in gradients]), "gradients")
+        flat = torch.cat([g.flatten() for g in gradients])
+        total = self._data.all_reduce(flat, Label(OUTSIDE_LAYERS, "gradients"))
         for gradient, summed in zip(gradients, total.split([g.numel() for g in gradients])):
             gradient.copy_(summed.view_as(gradient))
 
+    def crew(self) -> GlooCrew | None:
+        """All processes, to speak about checkpoints beside the training; None for one alone."""
+        patience = max(SECONDS_TO_WRITE, int(self._timeout.total_seconds()))
+        return GlooCrew(patience) if self.size > 1 else None
+
     def close(self) -> None:
         """Leaves the groups."""
-        if self.size > 1:
+        if self.tensor_group:
+            drop_tensor_groups()
+        if self.is_joined:
             dist.destroy_process_group()

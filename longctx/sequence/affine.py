@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from longctx_kernels.keeping import recalled
 from torch import Tensor
 
 from longctx.sequence.communicator import Communicator
@@ -269,7 +270,8 @@ class AffinePrefix(torch.autograd.Function):
         ctx: Any, added: Tensor, factors: Tensor, prefix: Prefix, label: Label, rightwards: bool
     ) -> Tensor:
         walk = prefix.rightwards if rightwards else prefix.leftwards
-        entering = walk(added, label)()
+        # Beside the result, what a gathered prefix has heard of other segments' factors.
+        entering, prefix = recalled(lambda: (walk(added, label)(), prefix))
         ctx.save_for_backward(entering, factors)
         ctx.prefix, ctx.label, ctx.rightwards = prefix, label, rightwards
         return entering

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from longctx_kernels.keeping import recalled
 from longctx_kernels.lifetime_attention import (
     Score,
     Sight,
@@ -176,12 +177,7 @@ class _AttentionCore(torch.autograd.Function):
     def forward(
         ctx: Any, q_HTK: Tensor, k_JTK: Tensor, v_JTV: Tensor, transport: _Transport
     ) -> Tensor:
-        wide = torch.promote_types(q_HTK.dtype, torch.float32)
-        out_HTV = q_HTK.new_empty(*q_HTK.shape[:2], v_JTV.shape[-1], dtype=wide)
-        lse_HT = out_HTV.new_empty(q_HTK.shape[:2])
-        operands, results = (q_HTK, k_JTK, v_JTV), (out_HTV, lse_HT)
-        transport.forward(_Forward(transport.plan, transport.wires.backend, operands, results))
-        out_HTV = out_HTV.to(v_JTV.dtype)
+        out_HTV, lse_HT = recalled(lambda: _attended((q_HTK, k_JTK, v_JTV), transport))
         ctx.save_for_backward(q_HTK, k_JTK, v_JTV, out_HTV, lse_HT)
         ctx.transport = transport
         return out_HTV
@@ -197,6 +193,17 @@ class _AttentionCore(torch.autograd.Function):
             _Backward(transport.plan, backend, operands, results, dout_HTV, gradients)
         )
         return *(dx.to(x.dtype) for dx, x in zip(gradients, operands)), None
+
+
+def _attended(operands: Tensors, transport: _Transport) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of own queries."""
+    q_HTK, _, v_JTV = operands
+    wide = torch.promote_types(q_HTK.dtype, torch.float32)
+    out_HTV = q_HTK.new_empty(*q_HTK.shape[:2], v_JTV.shape[-1], dtype=wide)
+    lse_HT = out_HTV.new_empty(q_HTK.shape[:2])
+    results = out_HTV, lse_HT
+    transport.forward(_Forward(transport.plan, transport.wires.backend, operands, results))
+    return out_HTV.to(v_JTV.dtype), lse_HT
 
 
 def _by_token(tensors: Sequence[Tensor]) -> Tensors:

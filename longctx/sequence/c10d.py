@@ -14,8 +14,8 @@ from longctx.sequence.ledger import Label, Ledger
 Result = TypeVar("Result")
 
 # torch 2.13 renamed these two; 2.11 has the old names only.
-_all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class ProcessGroup(Communicator):
@@ -26,6 +26,7 @@ class ProcessGroup(Communicator):
         self._group = group
 
     def _call(self, label: Label, action: Callable[[], Result]) -> Result:
+        self.ledger.waiting = label
         try:
             return action()
         except RuntimeError as error:
@@ -34,6 +35,8 @@ class ProcessGroup(Communicator):
                 f"rank {dist.get_rank()}: {label} failed; a rank is gone or slower than "
                 f"parallel.timeout_seconds ({reason})"
             ) from error
+        finally:
+            self.ledger.waiting = None
 
     def _started(self, label: Label, works: Sequence[Any], result: list[Tensor]) -> Pending:
         def finish() -> list[Tensor]:
@@ -46,7 +49,7 @@ class ProcessGroup(Communicator):
     def _all_gather(self, flat: Tensor, label: Label) -> Pending:
         out = flat.new_empty(self.size * flat.numel())
         work = self._call(
-            label, lambda: _all_gather_flat(out, flat, group=self._group, async_op=True)
+            label, lambda: all_gather_flat(out, flat, group=self._group, async_op=True)
         )
         return self._started(label, [work], list(out.view(self.size, -1)))
 
@@ -54,9 +57,7 @@ class ProcessGroup(Communicator):
         out = flat_PN.new_empty(flat_PN.shape[1])
         work = self._call(
             label,
-            lambda: _reduce_scatter_flat(
-                out, flat_PN.reshape(-1), group=self._group, async_op=True
-            ),
+            lambda: reduce_scatter_flat(out, flat_PN.reshape(-1), group=self._group, async_op=True),
         )
         return self._started(label, [work], [out])
 

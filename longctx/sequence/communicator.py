@@ -70,8 +70,7 @@ class Communicator(ABC):
 
     def all_reduce(self, x: Tensor, label: Label) -> Tensor:
         """Sum over ranks."""
-        share = -(-x.numel() // self.size)
-        self.ledger.record(label, 2 * (self.size - 1) * share * x.element_size())
+        self.ledger.record(label, all_reduce_bytes(x, self.size))
         return self._all_reduce(x.contiguous(), label)
 
     def exchange(
@@ -139,3 +138,8 @@ class Alone(Communicator):
         label: Label,
     ) -> Pending:
         return Pending(lambda: [])
+
+
+def all_reduce_bytes(x: Tensor, size: int) -> int:
+    """What a rank receives in a sum over `size` ranks: all parts of its share, then all shares."""
+    return 2 * (size - 1) * -(-x.numel() // size) * x.element_size()

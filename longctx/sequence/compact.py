@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from longctx_kernels.keeping import recalled
 from longctx_kernels.lifetime_attention import flash_lifetime
 from longctx_kernels.lifetime_torch import QUERY_TILE
 from torch import Tensor
@@ -44,6 +45,10 @@ class Selection(NamedTuple):
 @torch.compiler.disable
 def select(view: SequenceView, wish_BTL: Tensor, rule: Rule) -> Selection:
     """What lanes take of what they wish for, on all ranks."""
+    return recalled(lambda: _selected(view, wish_BTL, rule))
+
+
+def _selected(view: SequenceView, wish_BTL: Tensor, rule: Rule) -> Selection:
     plan, wire, counts = view.plan, view.wire(VERB), rule.counts(view)
     own, total = counts[plan.rank], plan.rows * plan.placement.length
     index_LE = _packed(rule.taken(view, wish_BTL).flatten(0, 1).T, own)

@@ -6,17 +6,18 @@ only small products wait. Backward: gradients of incoming states, launch, wait, 
 way through a segment is M^T, so that nothing but states travels back.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from longctx_kernels import delta_torch
 from longctx_kernels.delta_attention import check_backend
 from longctx_kernels.delta_rules import state_rows
+from longctx_kernels.keeping import recalled_later
 from torch import Tensor
 
-from longctx.sequence.affine import Transitions, links
-from longctx.sequence.decay_core import Exchange, entering_pieces, leaving_pieces
+from longctx.sequence.affine import Prefix, Transitions, links
+from longctx.sequence.decay_core import Exchange, entering_pieces, heard, leaving_pieces
 from longctx.sequence.plan import Piece, Plan
 
 
@@ -44,12 +45,10 @@ class _DeltaCore(torch.autograd.Function):
     def forward(ctx: Any, exchange: Exchange, *operands: Tensor) -> Tensor:
         plan, q = exchange.plan, operands[0]
         with torch.autocast(q.device.type, enabled=False):
-            added, moves = _maps(plan, operands)
-            prefix = exchange.make_prefix(Transitions(moves, links(plan, added)))
-            finish = prefix.rightwards(added, exchange.label)
+            finish = recalled_later(lambda: _sent(exchange, operands))
             carriers: list[delta_torch.Carrier] = []
             out, saved, _ = delta_torch.delta_forward(operands, 1.0, plan.cuts, carriers=carriers)
-            states = finish()
+            states, prefix = finish()
             entering = {number: states[p.segment, p.row] for number, p in entering_pieces(plan)}
             delta_torch.carry(carriers, entering, out, saved)
         ctx.save_for_backward(*operands, saved, states)
@@ -78,6 +77,13 @@ class _DeltaCore(torch.autograd.Function):
                 dout, operands, 1.0, plan.cuts, saved, initial, dfinal
             )
         return None, *grads
+
+
+def _sent(exchange: Exchange, operands: tuple[Tensor, ...]) -> Callable[[], tuple[Tensor, Prefix]]:
+    """Sends the maps of segments; the call gives the states that enter them, and the prefix."""
+    added, moves = _maps(exchange.plan, operands)
+    prefix = exchange.make_prefix(Transitions(moves, links(exchange.plan, added)))
+    return heard(prefix, added, exchange.label)
 
 
 def _maps(plan: Plan, operands: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:

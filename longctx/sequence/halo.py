@@ -5,6 +5,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from longctx_kernels.keeping import recalled_later
 from torch import Tensor
 
 from longctx.sequence.communicator import Communicator
@@ -111,10 +112,10 @@ class Halo(torch.autograd.Function):
         me = halo.plan.rank
         sends = [(r, x[i.to(x.device)]) for r, i in halo.leaving.items() if r != me]
         wires = [(r, (len(i), *x.shape[1:])) for r, i in halo.arriving.items() if r != me]
-        pending = communicator.exchange(sends, wires, x, label)
+        arrived = recalled_later(lambda: communicator.exchange(sends, wires, x, label).wait)
         if me in halo.arriving:
             out[halo.arriving[me].to(x.device)] = x[halo.leaving[me].to(x.device)]
-        for (rank, _), part in zip(wires, pending.wait()):
+        for (rank, _), part in zip(wires, arrived()):
             out[halo.arriving[rank].to(x.device)] = part
         return out
 

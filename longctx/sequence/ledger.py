@@ -17,6 +17,8 @@ class Label(NamedTuple):
         return self._replace(backward=True)
 
     def __str__(self) -> str:
+        if self.layer < 0:
+            return self.verb
         direction = "backward" if self.backward else "forward"
         return f"{self.verb} of layer {self.layer} ({direction})"
 
@@ -34,6 +36,8 @@ class Ledger:
 
     calls: Counter[Label] = field(default_factory=Counter)
     received: Counter[Label] = field(default_factory=Counter)
+    waiting: Label | None = None
+    """The exchange that this rank waits in now."""
 
     def record(self, label: Label, received: int) -> None:
         """Adds one call."""

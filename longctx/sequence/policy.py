@@ -98,13 +98,16 @@ class Fixed(Lifetime):
     columns: int
     verticals: int = 1
     heads: int = 1
+    first: int = 0
+    """The number of the first of the heads, where others have those before."""
 
     @property
     def patterns(self) -> int:
         return self.heads if self.verticals > 1 else 1
 
     def expiry(self, key: Tensor) -> Tensor:
-        heads = torch.arange(self.patterns).view(-1, *(1,) * key.dim()) % self.verticals
+        heads = self.first + torch.arange(self.patterns).view(-1, *(1,) * key.dim())
+        heads = heads % self.verticals
         from_end = self.block - 1 - key % self.block
         stays = from_end // self.columns == heads
         return torch.where(stays, FOREVER, (key // self.block + 1) * self.block)
@@ -122,10 +125,13 @@ class Sharded(Lifetime):
     stride: int
     heads: int
     dense_heads: int = 0
+    part: int = 0
+    """Which of `parts` equal shares of the heads these are."""
+    parts: int = 1
 
     @property
     def patterns(self) -> int:
-        return self.heads
+        return self.heads // self.parts
 
     @property
     def step(self) -> int:
@@ -138,7 +144,8 @@ class Sharded(Lifetime):
         return self.dense_heads > 0 or self.heads * self.step >= self.stride
 
     def expiry(self, key: Tensor) -> Tensor:
-        head = torch.arange(self.heads).view(-1, *(1,) * key.dim())
+        first, stop = self.patterns * self.part, self.patterns * (self.part + 1)
+        head = torch.arange(first, stop).view(-1, *(1,) * key.dim())
         block = key // self.block
         stays = (block + (head - self.dense_heads) * self.step) % self.stride == 0
         stays = stays | (head < self.dense_heads)

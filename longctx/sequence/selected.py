@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from longctx_kernels.keeping import recalled
 from longctx_kernels.selected_blocks import selected_block_attention
 from torch import Tensor
 
@@ -92,10 +93,14 @@ def best_blocks(
     none. `cost` is the number of elements that scoring a query and a block lays out.
     """
     few_MJL, tiles = view.plan.once(_tiles, choice, key_heads, cost, view.positions_BT.device)
-    blocks_MJL = few_MJL.clone()
-    for tile in tiles:
-        blocks_MJL[tile.tokens] = best(score(tile), tile.positions // choice.block, choice)
-    return blocks_MJL.unflatten(0, view.positions_BT.shape)
+
+    def chosen() -> Tensor:
+        blocks_MJL = few_MJL.clone()
+        for tile in tiles:
+            blocks_MJL[tile.tokens] = best(score(tile), tile.positions // choice.block, choice)
+        return blocks_MJL
+
+    return recalled(chosen).unflatten(0, view.positions_BT.shape)
 
 
 def _tiles(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from longctx_kernels.keeping import recalled
 from torch import Tensor
 
 from longctx.sequence.affine import kept, links, own_places
@@ -56,7 +57,7 @@ class Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, communicator: Communicator, label: Label) -> Tensor:
         ctx.communicator, ctx.label = communicator, label
-        return communicator.all_reduce(x, label)
+        return recalled(lambda: communicator.all_reduce(x, label))
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Any:
@@ -179,7 +180,8 @@ class GatherParts(torch.autograd.Function):
     def forward(ctx: Any, x_SB: Tensor, counts: tuple[int, ...], wire: Wire) -> Tensor:
         ctx.wire, ctx.counts = wire, counts
         shapes = [(count, *x_SB.shape[1:]) for count in counts]
-        return torch.cat(wire.communicator.all_gather(x_SB, wire.label, shapes).wait())
+        gathered = wire.communicator.all_gather
+        return recalled(lambda: torch.cat(gathered(x_SB, wire.label, shapes).wait()))
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Any:
@@ -246,6 +248,10 @@ def top_k(score_BT: Tensor, count: int, wire: Wire) -> Tensor:
 
     Only each rank's own best travel. Positions carry no gradient.
     """
+    return recalled(lambda: _top_k(score_BT, count, wire))
+
+
+def _top_k(score_BT: Tensor, count: int, wire: Wire) -> Tensor:
     position_BT = wire.plan.token_ids_BT.to(score_BT.device)
     own = min(count, score_BT.shape[1])
     best = score_BT.detach().sort(dim=-1, descending=True, stable=True).indices[:, :own]
@@ -268,7 +274,8 @@ class _Receive(torch.autograd.Function):
         ctx: Any, like: Tensor, source: int, communicator: Communicator, label: Label
     ) -> Tensor:
         ctx.source, ctx.communicator, ctx.label = source, communicator, label
-        return communicator.exchange([], [(source, tuple(like.shape))], like, label).wait()[0]
+        wires = [(source, tuple(like.shape))]
+        return recalled(lambda: communicator.exchange([], wires, like, label).wait()[0])
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Any:
@@ -284,7 +291,7 @@ class _Send(torch.autograd.Function):
         ctx: Any, state: Tensor, to: int, communicator: Communicator, label: Label
     ) -> Tensor:
         ctx.to, ctx.communicator, ctx.label, ctx.shape = to, communicator, label, tuple(state.shape)
-        communicator.exchange([(to, state)], [], state, label).wait()
+        recalled(lambda: communicator.exchange([(to, state)], [], state, label).wait())
         return state.new_zeros(())
 
     @staticmethod

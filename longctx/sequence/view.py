@@ -79,10 +79,10 @@ class SequenceView(ABC):
         view.layer = layer
         return view
 
-    def with_shelf(self) -> Self:
-        """The same view for one pass through layers of which some reuse what others leave."""
+    def with_shelf(self, left: tuple[Tensor, ...] = ()) -> Self:
+        """The same view for one pass through layers of which some reuse what others have left."""
         view = copy.copy(self)
-        view.shelf = []
+        view.shelf = list(left)
         return view
 
     def left_by_attention(self) -> tuple[Tensor, Tensor]:

@@ -1,15 +1,16 @@
 """Trains the cells of a study, each in a process of its own, so that none can take others along."""
 
-import ctypes
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from longctx.errors import OutsideError
+from longctx.orphans import signal_when_parent_dies
 from longctx.study.design import Cell, Study
 from longctx.study.report import Result, write_results
 from longctx.train.run_directory import CONFIG_FILE, finished, write_config
@@ -19,7 +20,6 @@ TRAIN = ("env", "OMP_NUM_THREADS=1", sys.executable, "-m", "longctx", "train")
 ATTEMPTS = 2
 POLL_SECONDS = 0.1
 CONSOLE_FILE = "console.txt"
-PR_SET_PDEATHSIG = 1  # of sys/prctl.h
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Runner:
                     [*TRAIN, str(folder / CONFIG_FILE)],
                     stdout=console,
                     stderr=subprocess.STDOUT,
-                    preexec_fn=_die_with_parent,
+                    preexec_fn=partial(signal_when_parent_dies, signal.SIGTERM),
                 )
         except OSError as error:
             raise OutsideError(f"{folder}: cannot start a cell: {error.strerror}") from error
@@ -117,15 +117,6 @@ def _reason(job: Job) -> str:
     lines = console.read_text(errors="replace").split("\n")
     last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
     return f"{how}: {last}; all it said: {console}"
-
-
-_LIBC = ctypes.CDLL(None)
-
-
-def _die_with_parent() -> None:
-    """Asks Linux to stop this process, which then saves, when the study is killed."""
-    if sys.platform == "linux":
-        _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def run_study(study: Study) -> tuple[str, list[str]]:

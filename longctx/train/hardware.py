@@ -1,9 +1,11 @@
 """What the device can do at best, and how the process uses memory."""
 
+import contextlib
 import ctypes
 import resource
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -26,6 +28,8 @@ PEAKS = (
     ("RTX 4090", 165e12, 82.6e12),
 )
 MEASURE_SECONDS = 0.1
+STATUS_FILE, CLEAR_FILE = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+CLEAR_PEAK = "5"  # of proc(5)
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
@@ -43,10 +47,24 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     return rate, f"measured {size} x {size} {precision} matrix product on {device.type}"
 
 
+def forget_peak_memory(device: torch.device) -> None:
+    """Starts a new peak; where Linux does not let a process do that, the old one stands."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        CLEAR_FILE.write_text(CLEAR_PEAK)
+
+
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory in use so far: allocated on a GPU, or resident in this process on a CPU."""
+    """The most memory in use since the peak was forgotten: allocated on a GPU, or resident in this
+    process on a CPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):
+        for line in STATUS_FILE.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

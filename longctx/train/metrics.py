@@ -1,22 +1,22 @@
 """The numbers of a run: one JSON line a step, a readable log, the console and, if asked, W&B."""
 
+import contextlib
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from longctx.checkpoint import sync_path
 from longctx.errors import OutsideError
-from longctx.train.checkpoint import sync_path
+from longctx.train.lines import Lines
+from longctx.train.mirror import Mirror, start_wandb
 from longctx.train.progress import Progress
 
 METRICS_FILE = "metrics.jsonl"
 LOG_FILE = "log.txt"
-WANDB_FLUSH_SECONDS = 1.0
-MOST_ELEMENTS = 64
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class MetricsLog:
     A row has `step`, `loss`, `tokens` (seen since the first step), `seconds`, `tokens_per_second`,
     `mfu`, `grad_norm`, `lr`, `peak_memory_bytes`, `exchange_bytes` and `exchange_calls`, and may
     have more, lists too. Rows after `resume_step` are dropped at the start, so each step is there
-    once.
+    once. A disk that cannot be written at the start is an error; later it is a warning.
     """
 
     def __init__(
@@ -47,35 +47,34 @@ class MetricsLog:
         resume_step: int,
     ) -> None:
         run_dir = Path(run_dir)
-        self._path = run_dir / METRICS_FILE
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            _drop_rows_after(self._path, resume_step)
-            self._metrics = self._path.open("a", encoding="utf-8")
-            self._log = (run_dir / LOG_FILE).open("a", encoding="utf-8")
+            _drop_rows_after(run_dir / METRICS_FILE, resume_step)
+            self._metrics = Lines(run_dir / METRICS_FILE, sync=True)
+            self._log = Lines(run_dir / LOG_FILE, sync=False)
             sync_path(run_dir)
         except OSError as error:
             raise OutsideError(f"{run_dir}: cannot write the metrics: {error.strerror}") from error
+        self._troubles = {lines.path: "" for lines in (self._metrics, self._log)}
         self._progress = Progress(_last_step(resolved_config), resume_step)
-        self._wandb_run: Any = None
+        self._mirror: Mirror | None = None
         if config.wandb != "disabled":
-            self._mirror(lambda: self._start_wandb(run_dir, config, run_name, resolved_config))
+            mode, project = config.wandb, config.project
+            self._mirror = Mirror(
+                lambda: start_wandb(mode, run_dir, project, run_name, resolved_config)
+            )
 
     def step(self, row: dict) -> None:
-        """Log the metrics of one step; they are on the disk when this returns."""
-        try:
-            self._metrics.write(json.dumps(_finite(row), allow_nan=False) + "\n")
-            self._metrics.flush()
-            os.fsync(self._metrics.fileno())
-        except OSError as error:
-            raise OutsideError(f"{self._path}: cannot write: {error.strerror}") from error
-        self._write_log(self._progress.step(row))
-        if self._wandb_run is not None:
-            self._mirror(lambda: self._wandb_run.log(_flat(row), step=row["step"]))
+        """Log the metrics of one step; they are on the disk, if it works, when this returns."""
+        self._metrics.append(json.dumps(_finite(row), allow_nan=False))
+        self._show(lambda: self._progress.step(row))
+        if self._mirror is not None:
+            self._mirror.log(row)
+        self._warn_of_troubles()
 
     def info(self, text: str) -> None:
         """Tell the user something, on the console and in `log.txt`."""
-        self._progress.print(text)
+        self._show(lambda: self._progress.print(text))
         self._write_log(text)
 
     def warn(self, text: str) -> None:
@@ -84,46 +83,37 @@ class MetricsLog:
 
     def close(self) -> None:
         """Show the last step and close files, console and W&B."""
-        self._write_log(self._progress.close())
-        if self._wandb_run is not None:
-            self._mirror(lambda: self._wandb_run.finish())
+        self._show(self._progress.close)
+        if self._mirror is not None:
+            self._mirror.close()
+        self._warn_of_troubles()
         self._metrics.close()
+        if self._metrics.lost:
+            self.warn(f"{self._metrics.path}: {self._metrics.lost} rows are lost")
         self._log.close()
 
-    def _write_log(self, text: str | None) -> None:
-        if text is None:
-            return
-        try:
-            self._log.write(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {text}\n")
-            self._log.flush()
-        except OSError as error:
-            raise OutsideError(f"{self._log.name}: cannot write: {error.strerror}") from error
+    def _show(self, show: Callable[[], str | None]) -> None:
+        """On the console, which may be a file on a full disk or a pipe that nobody reads."""
+        line = None
+        with contextlib.suppress(OSError):
+            line = show()
+        if line is not None:
+            self._write_log(line)
 
-    def _start_wandb(
-        self, run_dir: Path, config: LogConfig, run_name: str, resolved_config: dict
-    ) -> None:
-        import wandb
+    def _write_log(self, text: str) -> None:
+        self._log.append(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {text}")
 
-        settings: dict[str, Any] = {"console": "off"}
-        if "x_transaction_log_flush_interval" in wandb.Settings.model_fields:
-            settings["x_transaction_log_flush_interval"] = WANDB_FLUSH_SECONDS
-        self._wandb_run = wandb.init(
-            mode=config.wandb,
-            dir=run_dir,
-            project=config.project,
-            name=run_name,
-            config=resolved_config,
-            settings=wandb.Settings(**settings),
-        )
-
-    def _mirror(self, call: Callable[[], None]) -> None:
-        """Call W&B; if it fails in any way, warn and train on without it."""
-        try:
-            call()
-        except Exception as error:
-            self._wandb_run = None
-            reason = " ".join(str(error).split())
-            self.warn(f"W&B failed and is off for the rest of the run: {reason}")
+    def _warn_of_troubles(self) -> None:
+        """Once when a disk or W&B fails, and once when the disk is back."""
+        for lines in (self._metrics, self._log):
+            before, now = self._troubles[lines.path], lines.trouble
+            self._troubles[lines.path] = now
+            if now and not before:
+                self.warn(f"{lines.path}: cannot write: {now}; training goes on, lines wait")
+            elif before and not now:
+                self.info(f"{lines.path}: can be written again; {lines.lost} lines are lost")
+        if self._mirror is not None and (complaint := self._mirror.complaint()):
+            self.warn(complaint)
 
 
 class SilentLog:
@@ -161,17 +151,6 @@ def _replace(path: Path, content: bytes) -> None:
         sync_path(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _flat(row: dict) -> dict:
-    """What W&B gets of a row: of a list the first elements, each under a name of its own."""
-    flat = {}
-    for name, value in row.items():
-        if isinstance(value, list):
-            flat |= {f"{name}/{i}": element for i, element in enumerate(value[:MOST_ELEMENTS])}
-        elif name != "step":
-            flat[name] = value
-    return flat
 
 
 def _drop_rows_after(path: Path, step: int) -> None:

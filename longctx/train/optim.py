@@ -73,8 +73,3 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
         progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
         left = 0.5 * (1 + math.cos(math.pi * progress))
     return config.lr * (config.final_lr_share + (1 - config.final_lr_share) * left)
-
-
-def clip_gradients(model: nn.Module, config: OptimConfig) -> torch.Tensor:
-    """Norm of the gradient before it is scaled down to `clip_norm`."""
-    return nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm or math.inf)

@@ -1,37 +1,41 @@
 """Opens a run directory: a new one, or the same run again."""
 
 import json
-from pathlib import Path
 from typing import Any
 
+from longctx.checkpoint import Address, latest, read_state, sync_path
 from longctx.config import decode, first_difference, load_table, to_toml
 from longctx.errors import InputError, OutsideError
-from longctx.train import checkpoint
 from longctx.train.settings import IDENTITY, MAY_CHANGE, Settings
 
 CONFIG_FILE = "config.toml"
 SUMMARY_FILE = "summary.json"
 
 
-def open_run(settings: Settings, fingerprint: str) -> Path | None:
+def open_run(settings: Settings, fingerprint: str) -> Address | None:
     """Makes sure that `settings` may write to the run directory; the checkpoint to resume from.
 
     `fingerprint` is that of the data, which must not have changed since the checkpoint.
     """
-    if not _holds_run(settings):
-        return None
-    resumed = checkpoint.latest(settings.run.path)
-    if resumed and checkpoint.load_state(resumed)["data_fingerprint"] != fingerprint:
+    before, resumed = _run_before(settings), latest(settings.checkpoints)
+    if before is None and resumed:
         raise InputError(
-            f"{resumed}: was trained on other data than data.path holds now; "
-            "restore the data or choose another run.dir"
+            f"checkpoint.dir = '{settings.checkpoints}': holds checkpoints of another run; "
+            "choose another checkpoint.dir"
+        )
+    if resumed:
+        _check_checkpoint(resumed, settings, fingerprint)
+    elif before and (left := latest(before.checkpoint.folder(settings.run.path))):
+        raise InputError(
+            f"checkpoint.dir = '{settings.checkpoints}': is empty, but the run has {left}; "
+            "move its checkpoints, or restore checkpoint.dir"
         )
     return resumed
 
 
 def finished(settings: Settings) -> dict[str, Any] | None:
     """The summary of this run if it came to its end; InputError if another is in its directory."""
-    if not _holds_run(settings):
+    if _run_before(settings) is None:
         return None
     try:
         summary: dict[str, Any] = json.loads((settings.run.path / SUMMARY_FILE).read_text())
@@ -48,7 +52,7 @@ def write_config(settings: Settings) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f".partial-{CONFIG_FILE}"
         partial.write_text(to_toml(settings))
-        checkpoint.sync_path(partial)
+        sync_path(partial)
         partial.replace(folder / CONFIG_FILE)
     except OSError as error:
         raise OutsideError(
@@ -56,22 +60,37 @@ def write_config(settings: Settings) -> None:
         ) from error
 
 
-def _holds_run(settings: Settings) -> bool:
-    """Whether the run directory holds this run; InputError if it holds anything else."""
+def _check_checkpoint(path: Address, settings: Settings, fingerprint: str) -> None:
+    """InputError if a checkpoint is not of this run, or not of this data."""
+    state = read_state(path)
+    saved = decode(Settings, state["config"], file=str(path))
+    if difference := first_difference(saved, settings, IDENTITY, MAY_CHANGE):
+        raise InputError(
+            f"{path}: is of another run ({difference}); choose another checkpoint.dir or run.dir"
+        )
+    if state["data_fingerprint"] != fingerprint:
+        raise InputError(
+            f"{path}: was trained on other data than data.path holds now; "
+            "restore the data or choose another run.dir"
+        )
+
+
+def _run_before(settings: Settings) -> Settings | None:
+    """The settings of this run when it was last here; InputError if anything else is."""
     folder = settings.run.path
     if folder.exists() and not folder.is_dir():
         raise InputError(f"run.dir = '{folder}': is a file; choose another run.dir")
     file = folder / CONFIG_FILE
     if not file.exists():
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and not all(p.name.startswith(".partial-") for p in folder.iterdir()):
             raise InputError(
                 f"run.dir = '{folder}': holds files but no run; choose another run.dir"
             )
-        return False
+        return None
     before = decode(Settings, load_table(file), file=str(file))
     if difference := first_difference(before, settings, IDENTITY, MAY_CHANGE):
         raise InputError(
             f"run.dir = '{folder}' holds another run ({difference}); "
             "choose another run.dir or restore that setting"
         )
-    return True
+    return before

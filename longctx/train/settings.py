@@ -6,13 +6,15 @@ from typing import Literal
 
 import torch
 
+from longctx.checkpoint import Address, CheckpointConfig
 from longctx.config import decode, load_table
 from longctx.data import DataConfig
 from longctx.errors import InputError
 from longctx.model.decoder import ModelConfig
+from longctx.model.memory import MemoryConfig
 from longctx.parallel import ParallelConfig
 from longctx.parallel.mesh import local_rank
-from longctx.train.checkpoint import CheckpointConfig
+from longctx.train.guard import FaultsConfig
 from longctx.train.metrics import LogConfig
 from longctx.train.optim import OptimConfig
 
@@ -60,6 +62,8 @@ class TrainConfig:
     """Where to train; auto takes a GPU if there is one."""
     precision: Literal["auto", "fp64", "fp32", "bf16"] = "auto"
     """bf16 keeps weights, states and loss in fp32; auto is bf16 on a GPU and fp32 on a CPU."""
+    deterministic: bool = False
+    """Two runs on the same machines are equal bit for bit; refuses what cannot be."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "seq_len", "batch_size"):
@@ -111,12 +115,20 @@ class Settings:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def checkpoints(self) -> Address:
+        """Where the checkpoints of the run are."""
+        return self.checkpoint.folder(self.run.path)
 
     def __post_init__(self) -> None:
         self.data.check_length(self.train.seq_len)
+        self.memory.check(self.model.letters)
         for letter, mixer in self.model.mixers.items():
             mixer.check_length(self.train.seq_len, f"model.mixers.{letter}")
 
@@ -130,8 +142,8 @@ IDENTITY = (
     "train.seq_len",
     "train.batch_size",
 )
-"""What a resumed run may not change, but for who computes it."""
-MAY_CHANGE = ("model.backend", "model.mixers.*backend")
+"""What a resumed run may not change, but for who computes it and which steps are left out."""
+MAY_CHANGE = ("data.skip_steps", "model.backend", "model.mixers.*backend")
 
 
 def load_settings(name: str) -> Settings:

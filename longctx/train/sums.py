@@ -10,20 +10,31 @@ from longctx.parallel import Mesh
 
 
 class Sums:
-    """Tensors of any shape by name."""
+    """Tensors of any shape by name, and flags, of the processes of a mesh."""
 
-    def __init__(self) -> None:
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
         self._sums: dict[str, Tensor] = {}
+        self._flags: list[str] = []
 
     def add(self, terms: Mapping[str, Tensor]) -> None:
         """Adds to each name."""
         for name, term in terms.items():
             self._sums[name] = self._sums.get(name, 0) + term.detach()
 
-    def over_processes(self, mesh: Mesh) -> dict[str, Tensor]:
-        """Sums over all processes, in fp64 and equal on each of them."""
-        flat = torch.cat([x.to(mesh.device, torch.float64).flatten() for x in self._values()])
-        return dict(zip(self._sums, shaped(mesh.sum(flat, "metrics"), self._values())))
+    def flag(self, name: str, raised: bool) -> None:
+        """A name that is above 0 for all if any process raised it."""
+        self._sums[name] = torch.tensor(float(raised))
+        self._flags.append(name)
+
+    def over_processes(self) -> dict[str, Tensor]:
+        """Sums over processes with different tokens, in fp64 and equal on each of them."""
+        mesh, values = self._mesh, self._values()
+        flat = torch.cat([x.to(mesh.device, torch.float64).flatten() for x in values])
+        totals = dict(zip(self._sums, shaped(mesh.sum(flat, "metrics"), values)))
+        if mesh.split.tp > 1:
+            totals |= {name: mesh.sum_over_all(totals[name], "flag") for name in self._flags}
+        return totals
 
     def _values(self) -> list[Tensor]:
         return list(self._sums.values())

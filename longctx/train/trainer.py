@@ -4,44 +4,75 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
+from longctx.checkpoint import (
+    Address,
+    Checkpoint,
+    Checkpoints,
+    check_model,
+    latest,
+    load_random,
+    open_checkpoint,
+    random_boxes,
+    resolve,
+)
 from longctx.config import to_dict
 from longctx.data import Loader, Loaders, build_loaders
 from longctx.errors import InputError
-from longctx.model.cache import cache_bytes
-from longctx.model.decoder import Decoder, Losses, initialise
-from longctx.parallel import Mesh, Split, resolve, world_size
-from longctx.train import checkpoint
-from longctx.train.curves import draw_loss
-from longctx.train.environment import describe
-from longctx.train.hardware import keep_freed_memory, peak_flops, peak_memory_bytes
-from longctx.train.metrics import MetricsLog, SilentLog, write_json
-from longctx.train.optim import build_optimizer, clip_gradients, learning_rate
-from longctx.train.run_directory import SUMMARY_FILE, open_run, write_config
+from longctx.model.decoder import Losses
+from longctx.parallel import Mesh, Split, world_size
+from longctx.parallel import resolve as resolve_split
+from longctx.parallel.variables import record_exchanges
+from longctx.train.determinism import (
+    check_deterministic,
+    make_deterministic,
+    naming_nondeterminism,
+)
+from longctx.train.engines import build_engine, settle_engine
+from longctx.train.guard import Guard
+from longctx.train.hardware import (
+    forget_peak_memory,
+    keep_freed_memory,
+    peak_flops,
+    peak_memory_bytes,
+)
+from longctx.train.metrics import MetricsLog, SilentLog
+from longctx.train.optim import learning_rate
+from longctx.train.replicas import check_replicas
+from longctx.train.reports import conclude, open_log
+from longctx.train.run_directory import open_run, write_config
 from longctx.train.settings import DTYPES, Settings
 from longctx.train.signals import StopRequest
 from longctx.train.sums import Sums, on_host
+from longctx.train.watchdog import Watchdog
 
 
-def train(settings: Settings) -> str:
+def train(settings: Settings, stop: StopRequest | None = None) -> str:
     """Trains, or goes on with, the run of these settings; the signal that stopped it, or ""."""
+    if stop is None:
+        with StopRequest() as stop:
+            return train(settings, stop)
     device, split, loaders, resumed = prepare(settings, world_size())
+    record_exchanges()
+    torch.manual_seed(settings.run.seed)
+    if settings.train.deterministic:
+        make_deterministic()
     if device.type == "cpu":
         keep_freed_memory()
     mesh = Mesh(split, device, settings.parallel.timeout_seconds)
-    trainer = Trainer(settings, loaders, mesh)
+    trainer = Trainer(settings, loaders, mesh, stop)
     if resumed:
         trainer.load(resumed)
     elif settings.run.init_from:
-        checkpoint.load_model(checkpoint.resolve(settings.run.init_from), trainer.model)
+        trainer.load_weights(resolve(settings.run.init_from))
     if mesh.rank == 0:
         write_config(settings)
-    stopped_by = trainer.run()
+    with naming_nondeterminism():
+        stopped_by = trainer.run()
     mesh.close()
     return stopped_by
 
@@ -52,7 +83,7 @@ class Prepared(NamedTuple):
     device: torch.device
     split: Split
     loaders: Loaders
-    resumed: Path | None
+    resumed: Address | None
 
 
 def prepare(settings: Settings, processes: int) -> Prepared:
@@ -60,12 +91,16 @@ def prepare(settings: Settings, processes: int) -> Prepared:
     config = settings.train
     device = config.resolve_device()
     _check_backends(settings, device)
-    split = resolve(settings.parallel, settings.model.layers, processes, config.seq_len)
+    if config.deterministic:
+        check_deterministic(settings.model.mixers, settings.model.backend)
+    layers = settings.model.layers
+    split = resolve_split(settings.parallel, layers, processes, config.seq_len)
     if config.batch_size % split.dp:
         raise InputError(
             f"train.batch_size = {config.batch_size} is not a multiple of the {split.dp} replicas "
-            "(processes / parallel.sp)"
+            "(processes / parallel.sp / parallel.tp)"
         )
+    split = settle_engine(settings, split)
     loaders = build_loaders(settings.data, config.seq_len, config.batch_size, settings.run.seed)
     return Prepared(device, split, loaders, open_run(settings, loaders.fingerprint))
 
@@ -90,87 +125,129 @@ class Progress:
 class Trainer:
     """Model, optimizer and progress of one run, on one of its processes."""
 
-    def __init__(self, settings: Settings, loaders: Loaders, mesh: Mesh):
+    def __init__(self, settings: Settings, loaders: Loaders, mesh: Mesh, stop: StopRequest):
         self.settings, self.loaders, self.mesh, self.device = settings, loaders, mesh, mesh.device
+        self.stop = stop
         self.precision = settings.train.resolve_precision(self.device)
-        self.model = Decoder(settings.model, loaders.vocab_size)
-        initialise(self.model, settings.run.seed)
-        self.model.to(self.device, torch.float64 if self.precision == "fp64" else torch.float32)
-        self.optimizer = build_optimizer(self.model, settings.optim)
+        self.engine = build_engine(settings, loaders.vocab_size, mesh)
+        self.model = self.engine.model
+        self.crew = mesh.crew()
+        self.checkpoints = Checkpoints(settings.checkpoints, settings.checkpoint, self.crew)
         self.segments = mesh.segments(settings.train.seq_len)
         self.progress = Progress()
+        self.guard = Guard(settings.faults, lambda: latest(settings.checkpoints))
+        self.num_parameters = self.model.num_parameters()
         self.peak_flops, self.peak_source = peak_flops(self.device, DTYPES[self.precision])
 
     def run(self) -> str:
         """Steps until the end, `stop_after` or a signal; every way out leaves a checkpoint."""
-        settings, progress = self.settings, self.progress
+        settings, progress, faults = self.settings, self.progress, self.settings.faults
         last = min(settings.train.stop_after or math.inf, settings.train.steps)
-        every = settings.checkpoint.every
-        log, stopped, saved = self._open_log(), False, progress.step
-        try:
-            with StopRequest() as stop:
-                while progress.step < last and not stopped:
-                    row, stopped = self.step(stop)
-                    log.step(row)
-                    if every and progress.step % every == 0:
-                        self.save()
-                        saved = progress.step
-                if saved != progress.step:
+        log, stopped, saved = open_log(self), False, progress.step
+        watchdog = Watchdog(faults, settings.run.path, self.mesh, self.stop)
+        with contextlib.closing(log), watchdog:
+            while progress.step < last and not stopped:
+                watchdog.beat(progress.step + 1)
+                row, stopped = self.step(log)
+                if self._ends(settings.eval.every) or progress.step == settings.train.steps:
+                    watchdog.beat(progress.step, "evaluation")
+                    row |= self.evaluate()
+                log.step(row)
+                if self._ends(faults.check_replicas_every):
+                    self._check_replicas()
+                if self._ends(settings.checkpoint.every):
+                    watchdog.beat(progress.step, "checkpoint")
                     self.save()
+                    saved = progress.step
+                if failure := self.checkpoints.failure():
+                    log.warn(f"{failure}; training goes on")
+            watchdog.beat(progress.step, "last checkpoint")
+            if saved != progress.step:
+                self.save()
+            self.checkpoints.wait()
             if stopped:
-                signal = stop.requested or "a signal to another process"
+                signal = self.stop.requested or "a signal to another process"
                 log.warn(f"{signal}: saved step {progress.step}; the same command resumes")
                 return signal
-            self._conclude(log)
+            conclude(self, log)
             return ""
-        finally:
-            log.close()
 
-    def step(self, stop: StopRequest) -> tuple[dict[str, Any], bool]:
+    def _ends(self, every: int) -> bool:
+        """Whether a round of so many steps, 0 meaning none, has just ended."""
+        return bool(every) and self.progress.step % every == 0
+
+    def step(self, log: MetricsLog | SilentLog) -> tuple[dict[str, Any], bool]:
         """One optimizer step: its metrics, and whether any process was asked to stop."""
         config, progress, mesh = self.settings.train, self.progress, self.mesh
         started = time.perf_counter()
+        forget_peak_memory(self.device)
         mesh.ledger.clear()
-        loader = self.loaders.train
-        ids = loader.ids(progress.step)
+        sums, statistics = Sums(mesh), []
+        left_out = self.settings.data.skips(progress.step + 1)
+        if not left_out:
+            statistics = self._add_gradients(sums)
+        sums.flag("stop", bool(self.stop.requested))
+        gradient_norm = {} if left_out else {"grad_norm": self.engine.gradient_norm()}
+        totals = sums.over_processes()
+        measured = {name: totals.pop(name) for name in statistics}
+        figures = on_host(totals | gradient_norm)
+        progress.step += 1
+        lr = learning_rate(self.settings.optim, progress.step, config.steps)
+        if left_out:
+            log.warn(f"step {progress.step}: left out by data.skip_steps")
+        else:
+            figures |= self._update(figures, measured, lr, log)
+        stopped = figures.pop("stop") > 0
+        return self._metrics(figures | {"lr": lr}, time.perf_counter() - started), stopped
+
+    def _add_gradients(self, sums: Sums) -> list[str]:
+        """Runs this process's share of the batch; the names of the routers' statistics."""
+        config, mesh, loader = self.settings.train, self.mesh, self.loaders.train
+        ids = loader.ids(self.progress.step)
         valid = max(1, loader.num_valid(ids))
         rows = len(ids) // mesh.split.dp
         mine = ids[mesh.dp_rank * rows : (mesh.dp_rank + 1) * rows]
-        sums = Sums()
         self.model.train()
         for micro in _chunks(mine, config.micro_batch or rows):
             losses, flops = self._forward(loader, micro)
             share = len(micro) / len(ids) / mesh.split.sp
             terms = {"loss": losses.cross_entropy / valid}
             terms |= {f"{name}_loss": loss * share for name, loss in losses.mixers.items()}
-            sum(terms.values()).backward()
+            self.engine.backward(sum(terms.values()))
             sums.add(terms | {"flops": torch.tensor(float(flops))})
             sums.add(losses.statistics)
-        mesh.sum_gradients(self.model)
-        grad_norm = clip_gradients(self.model, self.settings.optim)
-        progress.step += 1
-        lr = learning_rate(self.settings.optim, progress.step, config.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        sums.add({"stop": torch.tensor(float(bool(stop.requested)))})
-        totals = sums.over_processes(mesh)
-        statistics = {name: totals.pop(name) for name in losses.statistics}
-        totals |= self.model.adapt(statistics, config.batch_size * config.seq_len)
-        figures = on_host(totals | {"grad_norm": grad_norm}) | {"lr": lr}
-        stopped = figures.pop("stop") > 0
-        return self._metrics(figures, time.perf_counter() - started), stopped
+        return list(losses.statistics)
+
+    def _update(
+        self,
+        figures: dict[str, Any],
+        statistics: dict[str, torch.Tensor],
+        lr: float,
+        log: MetricsLog | SilentLog,
+    ) -> dict[str, Any]:
+        """Changes the weights unless the step is bad; what else there is to log of it."""
+        step, config = self.progress.step, self.settings.train
+        verdict = self.guard.judge(step, {name: figures[name] for name in ("loss", "grad_norm")})
+        if verdict.reason:
+            ids = self.loaders.train.ids(step - 1)
+            log.warn(f"step {step}: {verdict.reason} (sequences {ids[0]} to {ids[-1]})")
+        if not verdict.apply:
+            self.engine.discard()
+            return {"skipped": self.guard.skipped}
+        told = {"update_norm": self.engine.update(lr)}
+        told |= self.model.adapt(statistics, config.batch_size * config.seq_len)
+        return on_host(told) | {"skipped": self.guard.skipped}
 
     def _metrics(self, figures: dict[str, Any], seconds: float) -> dict[str, Any]:
         progress, config = self.progress, self.settings.train
-        every, traffic = self.settings.eval.every, self.mesh.ledger.total()
+        traffic = self.mesh.ledger.total()
         tokens = config.batch_size * config.seq_len
         progress.tokens += tokens
         progress.seconds += seconds
-        rate = 3 * figures.pop("flops") / seconds
-        row = {
+        rate = 3 * figures.pop("flops", 0.0) / seconds
+        return {
             "step": progress.step,
+            "loss": None,
             "tokens": progress.tokens,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
@@ -178,11 +255,7 @@ class Trainer:
             "peak_memory_bytes": peak_memory_bytes(self.device),
             "exchange_bytes": traffic.received,
             "exchange_calls": traffic.calls,
-        }
-        row |= figures
-        if progress.step == config.steps or (every and progress.step % every == 0):
-            row |= self.evaluate()
-        return row
+        } | figures
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -190,14 +263,18 @@ class Trainer:
         the most likely token."""
         self.model.eval()
         mesh, config, loader = self.mesh, self.settings.train, self.loaders.validation
-        ids = range(self.settings.eval.sequences)
+        ids, dp = range(self.settings.eval.sequences), mesh.split.dp
+        rows = config.micro_batch or config.batch_size // dp
         total = torch.zeros(2, dtype=torch.float64)
-        mine = ids[mesh.dp_rank :: mesh.split.dp]
-        for micro in _chunks(mine, config.micro_batch or config.batch_size // mesh.split.dp):
-            losses = self._forward(loader, micro)[0]
-            total += torch.stack((losses.cross_entropy.double(), losses.correct.double())).cpu()
-        total = mesh.sum(total.to(self.device), "evaluation") / max(1, loader.num_valid(ids))
-        return dict(zip(("val_loss", "val_accuracy"), total.tolist()))
+        for start in range(0, len(ids), dp * rows):
+            mine = ids[start + mesh.dp_rank : start + dp * rows : dp]
+            losses = self._forward(loader, mine or ids[:1])[0]  # all exchange weights, or none
+            if mine:
+                total += torch.stack((losses.cross_entropy.double(), losses.correct.double())).cpu()
+        total = mesh.sum(total.to(self.device), "evaluation")
+        return dict(
+            zip(("val_loss", "val_accuracy"), (total / max(1, loader.num_valid(ids))).tolist())
+        )
 
     def _forward(self, loader: Loader, ids: Sequence[int]) -> tuple[Losses, int]:
         """This process's share of the losses of sequences, and the FLOPs of computing it."""
@@ -213,89 +290,41 @@ class Trainer:
         return losses, sum(self.model.flops(view.positions_BT.flatten() + 1).values())
 
     def save(self) -> None:
-        """Writes a checkpoint and removes old ones; one process does it for all."""
-        if self.mesh.rank:
-            return
-        folder, progress = self.settings.run.path, self.progress
+        """Makes a checkpoint of now; on the disk when the file system is done with it."""
+        progress = self.progress
         state = {
             "tokens": progress.tokens,
             "seconds": progress.seconds,
+            "guard": self.guard.state(),
             "data_fingerprint": self.loaders.fingerprint,
             "vocab_size": self.loaders.vocab_size,
             "config": to_dict(self.settings),
         }
-        checkpoint.save(folder, progress.step, self.model, self.optimizer, state)
-        checkpoint.prune(folder, self.settings.checkpoint.keep)
+        boxes = self.engine.boxes() + random_boxes(self.mesh.rank)
+        self.checkpoints.save(progress.step, boxes, state)
 
-    def load(self, path: Path) -> None:
+    def load(self, path: Address) -> None:
         """Goes back to a checkpoint: weights, optimizer, random state and place in the data."""
-        state = checkpoint.load_state(path)
-        checkpoint.load_model(path, self.model)
-        checkpoint.load_optimizer(path, self.model, self.optimizer)
-        checkpoint.load_random(path)
+        with contextlib.closing(open_checkpoint(path, self.crew)) as checkpoint:
+            self._load(checkpoint, weights_only=False)
+            load_random(checkpoint, self.mesh.rank)
+            state = checkpoint.state
         self.progress = Progress(state["step"], state["tokens"], state["seconds"])
+        self.guard.load(state["guard"])
 
-    def _open_log(self) -> MetricsLog | SilentLog:
-        """The log, with a first line on what this run is."""
-        settings, split = self.settings, self.mesh.split
-        if self.mesh.rank:
-            return SilentLog()
-        folder, config = settings.run.path, settings.train
-        resolved = to_dict(settings)
-        log = MetricsLog(folder, settings.log, settings.run.name, resolved, self.progress.step)
-        write_json(folder / "environment.json", describe() | {"parallel": asdict(split)})
-        log.info(
-            f"{folder}: {self.model.num_parameters():,} parameters, {config.steps} steps of "
-            f"{config.batch_size} x {config.seq_len} tokens, {self.precision} on "
-            f"{self.device.type}; MFU against {self.peak_flops / 1e9:,.0f} GFLOP/s a process "
-            f"({self.peak_source})"
-        )
-        if self.mesh.size > 1:
-            way = split.transports
-            log.info(
-                f"{self.mesh.size} processes: dp {split.dp} x sp {split.sp}, {split.placement}, "
-                f"prefix {way.prefix}, stream {way.stream}, heads {way.heads}"
-            )
-        if self.progress.step:
-            log.info(f"resumed at step {self.progress.step}")
-        return log
+    def load_weights(self, path: Address) -> None:
+        """Starts from the weights of another run."""
+        with contextlib.closing(open_checkpoint(path, self.crew)) as checkpoint:
+            self._load(checkpoint, weights_only=True)
 
-    @torch.no_grad()
-    def _cache_bytes_per_token(self) -> float | None:
-        """What generation remembers of a whole sequence; not asked of one that is split."""
-        if self.mesh.split.sp > 1:
-            return None
-        tokens_BT = self.loaders.validation.batch(0).tokens_BT[:1].to(self.device)
-        cached = cache_bytes(self.model.eval(), tokens_BT)
-        return cached / tokens_BT.shape[1] if cached is not None else None
+    def _load(self, checkpoint: Checkpoint, weights_only: bool) -> None:
+        check_model(checkpoint, {name: part.shape for name, part in self.engine.weights().items()})
+        self.engine.load(checkpoint.read, checkpoint.names, weights_only)
 
-    def _conclude(self, log: MetricsLog | SilentLog) -> None:
-        """Writes the summary and the picture."""
-        folder, progress = self.settings.run.path, self.progress
-        results = self.evaluate()
-        if self.mesh.rank:
-            return
-        entropy = self.loaders.unigram_entropy
-        summary = {
-            "step": progress.step,
-            **results,
-            "unigram_entropy": entropy,
-            "tokens": progress.tokens,
-            "seconds": progress.seconds,
-            "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
-            "parameters": self.model.num_parameters(),
-            "cache_bytes_per_token": self._cache_bytes_per_token(),
-            "precision": self.precision,
-            "device": self.device.type,
-            "processes": self.mesh.size,
-        }
-        write_json(folder / SUMMARY_FILE, summary)
-        draw_loss(folder, entropy)
-        log.info(
-            f"validation loss {results['val_loss']:.4f} nats a label, accuracy "
-            f"{results['val_accuracy']:.4f}; unigram entropy of the held-out labels {entropy:.4f}; "
-            f"results in {folder}"
-        )
+    def _check_replicas(self) -> None:
+        groups = self.engine.replicas()
+        weights = {name: part.local for name, part in self.engine.weights().items()}
+        check_replicas(weights, self.mesh.gather, groups)
 
 
 def _chunks(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:

@@ -31,8 +31,8 @@ class C10dCounter:
 
     def __enter__(self) -> "C10dCounter":
         watched = [
-            (c10d, "_all_gather_flat", gathered),
-            (c10d, "_reduce_scatter_flat", scattered),
+            (c10d, "all_gather_flat", gathered),
+            (c10d, "reduce_scatter_flat", scattered),
             (dist, "all_to_all_single", traded),
             (dist, "all_reduce", reduced),
             (dist, "batch_isend_irecv", received),

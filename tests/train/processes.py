@@ -24,16 +24,26 @@ def start(
     ranks: int, settings: Settings, before: Callable[[int], None] = lambda rank: None
 ) -> list[int]:
     """Forks `ranks` processes that train; their process numbers."""
+
+    def work(rank: int) -> int:
+        before(rank)
+        return 75 if train(settings) else 0
+
+    return start_work(ranks, work)
+
+
+def start_work(ranks: int, work: Callable[[int], int | None]) -> list[int]:
+    """Forks `ranks` processes that do this work, whose result is their exit code."""
     port, children = free_port(), []
     for rank in range(ranks):
         child = os.fork()
         if child == 0:
-            _train_and_leave(rank, ranks, port, settings, before)
+            _work_and_leave(rank, ranks, port, work)
         children.append(child)
     return children
 
 
-def _train_and_leave(rank, ranks, port, settings, before) -> None:
+def _work_and_leave(rank, ranks, port, work) -> None:
     code = 1
     try:
         torch.set_num_threads(1)
@@ -41,8 +51,7 @@ def _train_and_leave(rank, ranks, port, settings, before) -> None:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-        before(rank)
-        code = 75 if train(settings) else 0
+        code = work(rank) or 0
     except BaseException as error:
         sys.stderr.write(f"rank {rank}: {type(error).__name__}: {error}\n")
     finally:
@@ -71,3 +80,8 @@ def exit_codes(children: list[int], seconds: float = 60) -> list[int]:
 def run(ranks: int, settings: Settings) -> None:
     """Trains on `ranks` processes to the end."""
     assert exit_codes(start(ranks, settings)) == [0] * ranks
+
+
+def run_work(ranks: int, work: Callable[[int], int | None]) -> None:
+    """Does this work on `ranks` processes, which must all succeed."""
+    assert exit_codes(start_work(ranks, work)) == [0] * ranks

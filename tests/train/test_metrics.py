@@ -1,13 +1,18 @@
 import errno
+import io
 import json
 import math
+import os
+import shutil
 import sys
+import threading
+import time
 import types
 
 import pytest
 
 from longctx.errors import OutsideError
-from longctx.train import metrics, progress
+from longctx.train import lines, metrics, mirror, progress
 from longctx.train.curves import draw_loss
 from longctx.train.metrics import LogConfig, MetricsLog, write_json
 
@@ -152,10 +157,159 @@ def test_a_failing_wandb_warns_once_and_training_goes_on(tmp_path, monkeypatch, 
     assert f"{broken} broke" in (tmp_path / "log.txt").read_text()
 
 
+class SlowRun:
+    """A W&B run whose server never answers."""
+
+    def __init__(self, slow: str) -> None:
+        self.slow, self.logged, self.answers = slow, [], threading.Event()
+
+    def log(self, _row, step):
+        self.logged.append(step)
+        self._wait("log")
+
+    def finish(self):
+        self._wait("finish")
+
+    def _wait(self, name: str) -> None:
+        if self.slow == name:
+            self.answers.wait(60)
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("slow", ["log", "finish", "init"])
+def test_a_wandb_that_hangs_delays_neither_steps_nor_the_end(tmp_path, monkeypatch, capsys, slow):
+    run = SlowRun(slow)
+
+    def init(**_options):
+        run._wait("init")
+        return run
+
+    fake = types.SimpleNamespace(
+        init=init, Settings=type("Settings", (dict,), {"model_fields": {}})
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(mirror, "FINISH_SECONDS", 0.3)
+    monkeypatch.setattr(mirror, "MOST_WAITING", 5)
+    started = time.monotonic()
+    log = open_log(tmp_path, wandb="online")
+    for step in range(1, 40):
+        log.step(row(step))
+    assert time.monotonic() - started < 2
+    log.close()
+    assert time.monotonic() - started < 3
+    assert len(read_rows(tmp_path)) == 39
+    assert "warning: W&B did not finish in 0.3 s" in capsys.readouterr().out
+    assert mirror.is_stuck()
+    assert len(run.logged) == {"log": 1, "init": 0}.get(slow, len(run.logged))
+    run.answers.set()
+    log._mirror._thread.join()
+    assert not mirror.is_stuck()
+
+
+def test_rows_that_wandb_is_too_slow_for_are_counted(tmp_path, monkeypatch, capsys):
+    gate, run = threading.Event(), SlowRun("")
+    monkeypatch.setattr(mirror, "MOST_WAITING", 5)
+    monkeypatch.setattr(metrics, "start_wandb", lambda *_: gate.wait(5) and run)
+    log = open_log(tmp_path, wandb="online")
+    for step in range(1, 13):
+        log.step(row(step))
+    gate.set()
+    log.close()
+    assert run.logged == [1, 2, 3, 4, 5]
+    assert "warning: W&B was too slow for 7 rows" in capsys.readouterr().out
+
+
 def test_a_missing_wandb_warns(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)
     open_log(tmp_path, wandb="online").close()
     assert "warning: W&B failed" in capsys.readouterr().out
+
+
+class Disk:
+    """Lets writes to a file fail halfway, as a full disk does."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.full, self._write = False, os.write
+        monkeypatch.setattr(lines.os, "write", self._half)
+
+    def _half(self, file, content):
+        if not self.full:
+            return self._write(file, content)
+        self._write(file, content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_training_goes_on_without_a_disk_and_rows_are_written_when_it_is_back(
+    tmp_path, monkeypatch, capsys
+):
+    log, disk = open_log(tmp_path), Disk(monkeypatch)
+    log.step(row(1))
+    disk.full = True
+    for step in range(2, 6):
+        log.step(row(step))
+        assert len(read_rows(tmp_path)) == 1
+    disk.full = False
+    log.step(row(6))
+    log.step(row(7))
+    log.close()
+    assert [r["step"] for r in read_rows(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
+    shown = capsys.readouterr().out
+    assert shown.count("metrics.jsonl: cannot write: No space left on device") == 1
+    assert shown.count("log.txt: cannot write: No space left on device") == 1
+    assert shown.count("metrics.jsonl: can be written again; 0 lines are lost") == 1
+    assert "metrics.jsonl: cannot write" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_run_directory_that_vanishes_and_comes_back(tmp_path, capsys):
+    folder = tmp_path / "run"
+    log = open_log(folder)
+    log.step(row(1))
+    folder.rename(tmp_path / "away")
+    log.step(row(2))
+    shutil.rmtree(tmp_path / "away")
+    log.step(row(3))
+    assert "cannot write: No such file or directory" in capsys.readouterr().out
+    folder.mkdir()
+    log.step(row(4))
+    log.close()
+    assert [r["step"] for r in read_rows(folder)] == [3, 4]
+    assert "can be written again" in (folder / "log.txt").read_text()
+
+
+def test_memory_holds_the_newest_rows_and_the_end_tells_how_many_are_lost(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(lines, "MOST_WAITING", 3)
+    log, disk = open_log(tmp_path), Disk(monkeypatch)
+    disk.full = True
+    for step in range(1, 6):
+        log.step(row(step))
+    log.close()
+    assert "metrics.jsonl: 5 rows are lost" in capsys.readouterr().out
+    log, disk.full = open_log(tmp_path), True
+    for step in range(1, 6):
+        log.step(row(step))
+    disk.full = False
+    log.step(row(6))
+    log.close()
+    assert [r["step"] for r in read_rows(tmp_path)] == [4, 5, 6]
+    assert "metrics.jsonl: 3 rows are lost" in capsys.readouterr().out
+
+
+def test_a_console_that_nobody_reads_stops_nothing(tmp_path, monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, _text):
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    write_steps(tmp_path, [1, 2])
+    assert len(read_rows(tmp_path)) == 2
+
+
+def test_a_disk_that_cannot_be_written_at_the_start_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutsideError, match="cannot write the metrics"):
+        open_log(tmp_path / "file")
 
 
 def test_the_loss_curve_is_drawn(tmp_path):

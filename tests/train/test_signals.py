@@ -1,6 +1,7 @@
 import os
 import signal
 import threading
+import time
 
 import pytest
 
@@ -14,6 +15,7 @@ def test_a_signal_sets_the_flag_and_handlers_come_back(number):
         assert stop.requested == ""
         os.kill(os.getpid(), number)
         assert stop.requested == number.name
+        assert 0 <= time.monotonic() - stop.since < 5
     assert [signal.getsignal(each) for each in STOP_SIGNALS] == before
 
 

@@ -1,0 +1,129 @@
+"""Builds the model of a run inside the engine that its settings ask for."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from longctx.errors import InputError
+from longctx.model.decoder import Decoder, initialise
+from longctx.model.first_weights import FirstWeights
+from longctx.parallel import Mesh, Split
+from longctx.parallel.deepspeed import DeepSpeedEngine
+from longctx.parallel.engine import Engine, Replicated
+from longctx.parallel.fsdp import Sharded, Sharder
+from longctx.parallel.megatron import check_installed as check_megatron
+from longctx.parallel.mesh import processes_here
+from longctx.parallel.shares import refuse_tp
+from longctx.parallel.tensor_parallel import TensorSplit, split_decoder
+from longctx.parallel.zero import Zero, check_host_memory, check_installed
+from longctx.train.optim import build_optimizer
+from longctx.train.settings import Settings
+
+OUTSIDE_LAYERS = -1
+
+
+def settle_engine(settings: Settings, split: Split) -> Split:
+    """The split with the engine that it needs; InputError if that, or what it asks for, is not
+    there."""
+    memory = settings.memory
+    if memory.weights == "cpu" and settings.parallel.engine == "fsdp2":
+        split = replace(split, engine="fsdp2")
+    if split.tp > 1:
+        _check_tp(settings, split)
+    if split.engine == "deepspeed":
+        check_installed()
+        _zero(settings, split)
+        if settings.train.precision == "fp64":
+            raise InputError(
+                "train.precision = 'fp64': engine 'deepspeed' adds up in fp32; choose 'fp32' or "
+                "'bf16', or another engine"
+            )
+        return split
+    for name in ("optimizer", "weights"):
+        if getattr(memory, name) == "nvme":
+            raise InputError(
+                f"memory.{name} = 'nvme': only parallel.engine 'deepspeed' uses NVMe; choose "
+                "'cpu', or that engine"
+            )
+    if memory.optimizer != memory.weights:
+        raise InputError(
+            f"memory.optimizer = {memory.optimizer!r}, memory.weights = {memory.weights!r}: "
+            "engine 'fsdp2' keeps both in the same place; set them alike, or take 'deepspeed'"
+        )
+    if memory.weights != "device" and split.engine == "none":
+        raise InputError(
+            f"memory.weights = {memory.weights!r}: parallel.engine 'none' keeps all on the "
+            "device; choose 'fsdp2'"
+        )
+    return split
+
+
+def _check_tp(settings: Settings, split: Split) -> None:
+    for layer, mixer in enumerate(settings.model.layers):
+        if reason := refuse_tp(mixer, settings.model.width, split.tp, split.transports):
+            raise InputError(f"layer {layer} ({mixer.kind}) cannot share its heads: {reason}")
+    if split.engine == "deepspeed":
+        raise InputError("parallel.tp: engine 'deepspeed' does not share heads; choose 'fsdp2'")
+    check_megatron()
+
+
+def build_engine(settings: Settings, vocab_size: int, mesh: Mesh) -> Engine:
+    """The model with its first weights, spread as the mesh's split says."""
+    if mesh.split.engine == "fsdp2":
+        return _sharded(settings, vocab_size, mesh)
+    model = Decoder(settings.model, vocab_size, settings.memory)
+    initialise(model, settings.run.seed)
+    split = split_decoder(model, mesh.tensor_group) if mesh.tensor_group else None
+    model.to(mesh.device, _dtype(settings, mesh))
+    optimizer = build_optimizer(model, settings.optim)
+    if mesh.split.engine == "deepspeed":
+        zero = _zero(settings, mesh.split)
+        check_host_memory(zero, model.num_parameters(), mesh.size, processes_here())
+        return DeepSpeedEngine(model, optimizer, zero, mesh)
+    return Replicated(model, optimizer, settings.optim.clip_norm, mesh, split)
+
+
+def _sharded(settings: Settings, vocab_size: int, mesh: Mesh) -> Engine:
+    """No process ever holds more than a layer of a model that is spread."""
+    with torch.device("meta"):
+        model = Decoder(settings.model, vocab_size, settings.memory)
+    split = split_decoder(model, mesh.tensor_group) if mesh.tensor_group else None
+    model.to(_dtype(settings, mesh))
+    on_host = settings.memory.weights == "cpu"
+    sharder = Sharder(mesh, settings.parallel.weights, on_host)
+    for layer, block in enumerate(model.blocks):
+        sharder.shard(block, layer)
+    sharder.shard(model, OUTSIDE_LAYERS)
+    model.to_empty(device="cpu" if on_host else mesh.device)
+    if settings.model.tied_head:
+        model.head.weight = model.embedding.weight
+    optimizer = build_optimizer(model, settings.optim)
+    engine = Sharded(model, optimizer, settings.optim.clip_norm, mesh, split)
+    first = FirstWeights(settings.model, vocab_size, settings.run.seed)
+    engine.load(first.read, (), weights_only=True)
+    first.fill_buffers(model, lambda name, whole: _part(split, name, whole))
+    return engine
+
+
+def _part(split: TensorSplit | None, name: str, whole: Tensor) -> Tensor:
+    return split.cuts[name].take(whole) if split else whole
+
+
+def _dtype(settings: Settings, mesh: Mesh) -> torch.dtype:
+    is_double = settings.train.resolve_precision(mesh.device) == "fp64"
+    return torch.float64 if is_double else torch.float32
+
+
+def _zero(settings: Settings, split: Split) -> Zero:
+    memory, config = settings.memory, settings.train
+    rows = config.batch_size // split.dp
+    return Zero(
+        stage=settings.parallel.zero_stage,
+        optimizer=memory.optimizer,
+        weights=memory.weights,
+        nvme_path=memory.nvme_path,
+        micro_batches=-(-rows // (config.micro_batch or rows)),
+        clip_norm=settings.optim.clip_norm,
+        bf16=config.resolve_precision(config.resolve_device()) == "bf16",
+    )
