@@ -13,6 +13,10 @@ from longctx_kernels.launch import backend_of
 ACTIVATIONS = {"none": lambda x: x, "silu": F.silu, "sigmoid": torch.sigmoid}
 
 
+SLAB_ELEMENTS = 1 << 20
+"""Elements of rows whose gradients are computed at once."""
+
+
 def norm_gate_reference(
     x_BTHV: Tensor,
     gate_BTHV: Tensor | None = None,
@@ -74,7 +78,31 @@ def _torch_forward(x, gate, weight, eps, activation) -> Tensor:
 
 
 def _torch_backward(dout, x, gate, weight, eps, activation):
-    """Gradients of x, the gate and the weight; None for what is None."""
+    """Gradients of x, the gate and the weight; None for what is None.
+
+    Slab after slab of rows: what is computed on the way takes several times the memory of x.
+    """
+    options, V = (weight, eps, activation), x.shape[-1]
+    if x.numel() <= SLAB_ELEMENTS:
+        return _slab_backward(dout, x, gate, *options)
+    slabs = [y.reshape(-1, V).split(max(1, SLAB_ELEMENTS // V)) for y in (dout, x)]
+    gates = [None] * len(slabs[0]) if gate is None else gate.reshape(-1, V).split(len(slabs[0][0]))
+    dtype, dweight = torch.promote_types(x.dtype, torch.float32), None
+    dx = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    dgate = None if gate is None else torch.empty_like(dx)
+    start = 0
+    for dout_slab, x_slab, gate_slab in zip(*slabs, gates):
+        rows, start = slice(start, start + len(x_slab)), start + len(x_slab)
+        found = _slab_backward(dout_slab, x_slab, gate_slab, *options)
+        dx.view(-1, V)[rows] = found[0]
+        if dgate is not None:
+            dgate.view(-1, V)[rows] = found[1]
+        if weight is not None:
+            dweight = found[2] if dweight is None else dweight + found[2]
+    return dx, dgate, dweight
+
+
+def _slab_backward(dout, x, gate, weight, eps, activation):
     dtype = torch.promote_types(x.dtype, torch.float32)
     dout, wide = dout.to(dtype), x.to(dtype)
     weight = None if weight is None else weight.to(dtype)

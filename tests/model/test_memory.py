@@ -10,6 +10,7 @@ from torch import Tensor
 from longctx.config import decode
 from longctx.errors import InputError
 from longctx.model import tiles
+from longctx.model.allocations import Allocations
 from longctx.model.decoder import Decoder, ModelConfig, initialise
 from longctx.model.memory import (
     MemoryConfig,
@@ -235,3 +236,24 @@ def test_a_host_without_room_is_refused():
         check_host(needed, 47 * 2**30)
     assert host_bytes_needed(MemoryConfig(checkpointing="full"), "LLLA", 2048, 1) == 0
     assert host_bytes_available() > 0
+
+
+@pytest.mark.parametrize("policy", ["none", "full", "keep"])
+def test_no_tensor_has_the_logits_of_all_tokens(policy):
+    """And with tiles none the hidden channels of all tokens."""
+    tokens, vocabulary, hidden = 1024, 512, 256
+    memory = {"checkpointing": policy, "loss_tokens": 64, "mlp_tokens": 64}
+    config = decode(
+        ModelConfig,
+        {"width": 16, "depth": 2, "pattern": "LA", "mixers": MIXERS, "mlp_hidden": hidden},
+        path="model",
+    )
+    built = Decoder(config, vocabulary, decode(MemoryConfig, memory, path="memory"))
+    tokens_BT = torch.arange(tokens)[None] % vocabulary
+    view = LocalView.whole(1, tokens)
+    for precision in (torch.float32, torch.bfloat16):
+        with Allocations() as allocations:
+            with torch.autocast("cpu", torch.bfloat16, precision == torch.bfloat16):
+                loss = built(tokens_BT, tokens_BT.roll(-1, 1), view).cross_entropy
+            loss.backward()
+        assert 0 < allocations.largest < tokens * min(hidden, vocabulary) * 2

@@ -1,5 +1,10 @@
 """Layers that are computed again on real ranks, and under PyTorch's fully sharded parallelism."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,6 +23,7 @@ from longctx.sequence.sharded import ShardedView, Transports
 from tests.dist import run_gloo
 from tests.sequence.links import gloo_links
 
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.alone
 RANKS, LENGTH, VOCABULARY = 2, 40, 11
 SOFTMAX = {"kind": "softmax", "num_heads": 4, "num_kv_heads": 2}
@@ -113,3 +119,15 @@ def test_split_sequences_have_the_same_gradients_on_real_ranks():
 def test_sharded_weights_get_the_same_gradients():
     for found in run_gloo(RANKS, sharded_weights):
         assert max(found) < 1e-12, found
+
+
+def test_the_ladder_runs_on_a_cpu(tmp_path):
+    script = ROOT / "kernels" / "bench" / "ladder.py"
+    call = [sys.executable, str(script), "--tiny", "--first", "64", "--most", "128"]
+    call += ["--rungs", "none,offload", "--out", str(tmp_path)]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    rungs = json.loads((tmp_path / "ladder-the-CPU-tiny.json").read_text())
+    assert [rung["longest"]["tokens"] for rung in rungs] == [128, 128]
+    assert rungs[0]["longest"]["kept_bytes"] > rungs[1]["longest"]["kept_bytes"] > 0
+    assert "| offload | 128 |" in done.stdout
