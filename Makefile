@@ -51,15 +51,16 @@ demo: $(STAMPS)/longctx ## train a small hybrid model into runs/demo and sample 
 
 test: $(STAMPS)/dev ## run the tests
 	@echo 'Testing: up to 12 minutes on 2 cores. The last line is the result.'
-	@$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not alone'
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not alone and not cluster'
 	@echo 'Testing what needs the machine for itself'
-	@$(BIN)/python -m pytest -m alone
+	@$(BIN)/python -m pytest -m 'alone and not cluster'
 	@echo 'Testing the Triton kernels in the interpreter'
 	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/interpreted
 
-cluster: $(STAMPS)/dev ## tests on two hosts made of network namespaces; needs root and iproute2
-	@echo 'Testing on two hosts: a few minutes.'
+cluster: $(STAMPS)/dev ## tests of engines, kills and two hosts (network namespaces; root, iproute2)
+	@echo 'Testing engines, launchers and restarts: up to 15 minutes on 2 cores.'
 	@$(BIN)/python -m pytest -rs tests/cluster
+	@$(BIN)/python -m pytest -m cluster
 
 chaos: $(STAMPS)/dev ## kill trainings at random moments 200 times and resume them; up to 25 minutes
 	$(BIN)/python -m tests.chaos --kills 200 --real 30 --out docs/results/chaos.md

@@ -223,8 +223,13 @@ def _attended(operands, tiles, scale) -> tuple[Tensor, Tensor]:
 
 def _gradients(dout_HTV, operands, results, tiles, scale) -> tuple[Tensor, ...]:
     """Those of q, k, v, in their dtypes."""
-    grads = tuple(torch.zeros_like(x, dtype=results[1].dtype) for x in operands)
-    attend_backward(dout_HTV, operands, results, grads, tiles, scale)
+    everything = slice(0, operands[0].shape[1]), slice(0, operands[1].shape[1])
+    if len(tiles) == 1 and (tiles[0].queries, tiles[0].keys) == everything:
+        # Nothing to add to: sums would take as much memory once more.
+        grads = tile_backward(dout_HTV, operands, results, tiles[0], scale)
+    else:
+        grads = tuple(torch.zeros_like(x, dtype=results[1].dtype) for x in operands)
+        attend_backward(dout_HTV, operands, results, grads, tiles, scale)
     return tuple(dx.to(x.dtype) for dx, x in zip(grads, operands))
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.chaos.run_files import Reference, problems_at_the_end, read_rows
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.cluster
 
 ROOT = Path(__file__).parents[2]
 KILLS = 10

@@ -22,7 +22,7 @@ from tests.parallel.zero_cases import (
     worst,
 )
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.cluster
 TOLERANCE = 1e-5
 """Of losses, norms, weights and optimizer state in fp32 after four steps."""
 

@@ -1,5 +1,9 @@
 """Every engine trains the same model, and its checkpoints are those of any other."""
 
+import importlib
+import os
+import warnings
+
 import pytest
 import torch
 
@@ -10,7 +14,7 @@ from longctx.train.engines import build_engine, settle_engine
 from longctx.train.trainer import prepare, train
 from tests.train.processes import run, run_work
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.cluster
 
 DOUBLE = {"train__precision": "fp64", "model__mixers.S.balance_weight": 0.0}
 ENGINES = {
@@ -45,6 +49,15 @@ LOADS = {
     "4, all": (4, {"parallel__engine": "none"}),
     "tp2 x 2": (4, {"parallel__tp": 2}),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported():
+    """What every process would import for seconds, before they are forked."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    warnings.simplefilter("ignore")
+    importlib.import_module("deepspeed")
+    importlib.import_module("megatron.core.parallel_state")
 
 
 @pytest.fixture(scope="module")
