@@ -12,6 +12,8 @@ from dataclasses import asdict
 from itertools import chain
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -39,6 +41,7 @@ class Checkpoints:
         self._config, self._crew = config, crew or Solo()
         self._store = open_store(folder)
         self._copies = _Copies()
+        self._copy: _Copy | None = None
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
         if self._crew.rank == 0:
@@ -50,9 +53,10 @@ class Checkpoints:
     ) -> None:
         """Saves the checkpoint of `step`: what this process's boxes and the state are now.
 
-        Returns when they are copied; with `wait`, or if the config wants no background, when the
-        checkpoint is on the disk, and raises OutsideError if it is not. A save that is still being
-        written is waited for. The state is that of the first process.
+        Returns at once, and copies behind the caller's back: call `settle` before any of them
+        changes. With `wait`, or if the config wants no background, returns when the checkpoint is
+        on the disk, and raises OutsideError if it is not. A save that is still being written is
+        waited for. The state is that of the first process.
         """
         content = json.dumps({**state, "step": step}, indent=1).encode() + b"\n"
         config_sha256 = config_sum(state)
@@ -60,14 +64,20 @@ class Checkpoints:
         if wait or not self._config.asynchronous:
             self._write(step, list(boxes), content, config_sha256)
             return
-        copied = self._copies.take(boxes)
+        self._copy = self._copies.take(boxes)
         self._thread = threading.Thread(
             target=self._write_behind,
-            args=(step, copied, content, config_sha256),
+            args=(self._copy, step, content, config_sha256),
             name=f"checkpoint of step {step}",
             daemon=True,
         )
         self._thread.start()
+
+    def settle(self) -> None:
+        """Returns when what the last save holds may change."""
+        if self._copy:
+            self._copy.settle()
+            self._copy = None
 
     def wait(self) -> None:
         """Waits for the save in the background; raises OutsideError if one failed."""
@@ -86,9 +96,10 @@ class Checkpoints:
             self._thread.join()
             self._thread = None
 
-    def _write_behind(self, *save: Any) -> None:
+    def _write_behind(self, copy: "_Copy", step: int, content: bytes, config_sha256: str) -> None:
         try:
-            self._write(*save)
+            copy.finish()
+            self._write(step, copy.boxes, content, config_sha256)
         except Exception as error:
             self._failure = error
 
@@ -205,27 +216,65 @@ def _pieces(told: dict[str, dict[str, Any]]) -> dict[str, Piece]:
 
 
 class _Copies:
-    """Memory for copies of boxes; the next copy reuses it."""
+    """Memory for copies of boxes, which the next copy reuses."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
-    def take(self, boxes: Iterable[Box]) -> list[Box]:
-        """The boxes with copies of their tensors as they are now, on the CPU."""
+    def take(self, boxes: Iterable[Box]) -> "_Copy":
+        """Begins a copy of the boxes as they are now."""
         before, self._buffers = self._buffers, {}
-        tensors, copied = [], []
+        pairs = []
         for box in boxes:
-            key, tensor = (box.name, box.offsets), box.tensor.detach()
-            buffer = before.get(key)
+            tensor, place = box.tensor.detach(), (box.name, box.offsets)
+            buffer = before.get(place)
             if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
                 buffer = torch.empty(
                     tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda
                 )
-            self._buffers[key] = buffer
-            tensors.append(tensor)
-            copied.append(Box(box.name, box.shape, box.offsets, buffer))
-        if tensors:
-            torch._foreach_copy_([box.tensor for box in copied], tensors, non_blocking=True)
-        for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
-            torch.cuda.current_stream(device).synchronize()
-        return copied
+            self._buffers[place] = buffer
+            pairs.append((tensor, Box(box.name, box.shape, box.offsets, buffer)))
+        return _Copy(pairs)
+
+
+class _Copy:
+    """Boxes that become copies while training goes on: of a GPU by a stream of its own, of a CPU by
+    the thread that calls `finish`."""
+
+    def __init__(self, pairs: Sequence[tuple[Tensor, Box]]):
+        self.boxes = [box for _, box in pairs]
+        self._on_host = [(x, box.tensor) for x, box in pairs if not x.is_cuda]
+        self._done = threading.Event()
+        self._copied: list[torch.cuda.Event] = []
+        for device in {x.device for x, _ in pairs if x.is_cuda}:
+            stream = torch.cuda.Stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                for x, box in pairs:
+                    if x.device == device:
+                        box.tensor.copy_(x, non_blocking=True)
+            self._copied.append(stream.record_event())
+
+    def finish(self) -> None:
+        """Copies what is left, in one thread: all others are busy with training."""
+        try:
+            for x, buffer in self._on_host:
+                if x.is_contiguous():
+                    np.copyto(_bytes(buffer), _bytes(x))
+                else:
+                    buffer.copy_(x)
+            for event in self._copied:
+                event.synchronize()
+        finally:
+            self._done.set()
+
+    def settle(self) -> None:
+        """Lets nothing that comes after change what is being copied."""
+        if self._on_host:
+            self._done.wait()
+        for event in self._copied:
+            event.wait()
+
+
+def _bytes(x: Tensor) -> npt.NDArray[np.uint8]:
+    return x.reshape(-1).view(torch.uint8).numpy()

@@ -270,8 +270,7 @@ class AffinePrefix(torch.autograd.Function):
         ctx: Any, added: Tensor, factors: Tensor, prefix: Prefix, label: Label, rightwards: bool
     ) -> Tensor:
         walk = prefix.rightwards if rightwards else prefix.leftwards
-        # Beside the result, what a gathered prefix has heard of other segments' factors.
-        entering, prefix = recalled(lambda: (walk(added, label)(), prefix))
+        entering = recalled(lambda: walk(added, label)())
         ctx.save_for_backward(entering, factors)
         ctx.prefix, ctx.label, ctx.rightwards = prefix, label, rightwards
         return entering

@@ -55,9 +55,9 @@ class _DecayCore(torch.autograd.Function):
         prefix = exchange.make_prefix(transitions)
         with torch.autocast(q.device.type, enabled=False):
             added, starts = _added(plan, (k, v, g), exchange.backend)
-            finish = recalled_later(lambda: heard(prefix, added, exchange.label))
+            finish = recalled_later(lambda: prefix.rightwards(added, exchange.label))
             out, saved = passes.output_pass(q, k, v, g, 1.0, plan.cuts, starts)
-            states, prefix = finish()
+            states = finish()
             for p, rows in _entering(plan):
                 gate, state = decay_torch.gate_of(g, p.start, p.stop), states[p.segment, p.row]
                 out[rows] += decay_torch.read_state(q[rows], state, gate, 1.0).to(out.dtype)
@@ -92,13 +92,6 @@ class _DecayCore(torch.autograd.Function):
         dq, dk, dv, dG = grads
         dg = None if dG is None else decay_torch.log_decay_gradient(dG, plan.cuts)
         return dq, dk, dv, dg, None
-
-
-def heard(prefix: Prefix, added: Tensor, label: Label) -> Callable[[], tuple[Tensor, Prefix]]:
-    """Sends what segments add; the call gives what enters each from the left, and the prefix, which
-    by then may know other segments' factors."""
-    finish = prefix.rightwards(added, label)
-    return lambda: (finish(), prefix)
 
 
 def _transitions(plan: Plan, g: Tensor) -> Transitions:

@@ -17,7 +17,7 @@ from longctx_kernels.keeping import recalled_later
 from torch import Tensor
 
 from longctx.sequence.affine import Prefix, Transitions, links
-from longctx.sequence.decay_core import Exchange, entering_pieces, heard, leaving_pieces
+from longctx.sequence.decay_core import Exchange, entering_pieces, leaving_pieces
 from longctx.sequence.plan import Piece, Plan
 
 
@@ -83,7 +83,8 @@ def _sent(exchange: Exchange, operands: tuple[Tensor, ...]) -> Callable[[], tupl
     """Sends the maps of segments; the call gives the states that enter them, and the prefix."""
     added, moves = _maps(exchange.plan, operands)
     prefix = exchange.make_prefix(Transitions(moves, links(exchange.plan, added)))
-    return heard(prefix, added, exchange.label)
+    finish = prefix.rightwards(added, exchange.label)
+    return lambda: (finish(), prefix)
 
 
 def _maps(plan: Plan, operands: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:

@@ -234,6 +234,7 @@ class Trainer:
         if not verdict.apply:
             self.engine.discard()
             return {"skipped": self.guard.skipped}
+        self.checkpoints.settle()
         told = {"update_norm": self.engine.update(lr)}
         told |= self.model.adapt(statistics, config.batch_size * config.seq_len)
         return on_host(told) | {"skipped": self.guard.skipped}

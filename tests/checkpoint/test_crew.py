@@ -36,6 +36,7 @@ def save_while_training(rank: int, folder, damaged: str) -> str:
     for step in range(1, 5):
         tensors = tensors_of(step)
         checkpoints.save(step, split(tensors, rank, 4), state_of(step))
+        checkpoints.settle()
         for tensor in tensors.values():
             tensor.zero_()
         for _ in range(20):

@@ -85,6 +85,7 @@ def test_a_kill_at_a_random_moment_leaves_a_good_checkpoint(tmp_path, asynchrono
         checkpoints = Checkpoints(folder, CheckpointConfig(asynchronous=asynchronous))
         weights = torch.zeros(100_000)
         for step in range(1, 10_000):
+            checkpoints.settle()
             weights.fill_(step)
             checkpoints.save(step, [whole("model/w", weights)], {})
 

@@ -239,6 +239,7 @@ def test_a_save_in_the_background_is_of_the_time_of_the_call(tmp_path, monkeypat
     checkpoints.save(5, [whole(name, tensor) for name, tensor in tensors.items()], state)
     assert gate.entered.wait(20)
     assert latest(tmp_path) is None
+    checkpoints.settle()
     for tensor in tensors.values():
         tensor.zero_()
     state["tokens"] = state["config"]["run"]["seed"] = -1
@@ -256,6 +257,7 @@ def test_a_second_save_waits_for_the_first_and_spoils_nothing(tmp_path, monkeypa
     tensor = torch.full((1000,), 1.0)
     checkpoints.save(1, [whole("model/w", tensor)], {})
     assert gate.entered.wait(20)
+    checkpoints.settle()
     tensor.fill_(2.0)
     second = threading.Thread(target=checkpoints.save, args=(2, [whole("model/w", tensor)], {}))
     second.start()
@@ -322,3 +324,25 @@ def test_the_config_refuses_numbers_without_meaning():
     for field, value in (("keep", 0), ("every", -1), ("keep_every", -1)):
         with pytest.raises(InputError, match=rf"checkpoint\.{field} must be"):
             CheckpointConfig(**{field: value})
+
+
+def test_settle_waits_until_everything_is_copied(tmp_path, monkeypatch):
+    go_on, copied = threading.Event(), saving.np.copyto
+
+    def slow(target, source):
+        assert go_on.wait(20)
+        copied(target, source)
+
+    monkeypatch.setattr(saving.np, "copyto", slow)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    tensor = torch.ones(10)
+    checkpoints.save(1, [whole("model/w", tensor)], {})
+    settling = threading.Thread(target=checkpoints.settle)
+    settling.start()
+    settling.join(0.05)
+    assert settling.is_alive()
+    go_on.set()
+    settling.join(20)
+    tensor.zero_()
+    checkpoints.wait()
+    assert open_checkpoint(latest(tmp_path)).read("model/w").sum() == 10
