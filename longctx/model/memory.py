@@ -1,12 +1,11 @@
 """What is kept between the forward and the backward pass: the `[memory]` table and its checks."""
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 from longctx.errors import InputError
+from longctx.host import free_memory
 
 Checkpointing = Literal["none", "full", "keep"]
 WIDTH_OF_RESIDUAL = 4
@@ -84,31 +83,12 @@ def host_bytes_needed(memory: MemoryConfig, letters: str, width: int, tokens: in
     return waiting * (1 << (tokens * width * WIDTH_OF_RESIDUAL - 1).bit_length())
 
 
-def check_host(needed: int, available: int) -> None:
+def check_host(needed: int) -> None:
     """Raises InputError if the host has less memory than all of its processes need together."""
+    available = free_memory()
     if needed > available:
         raise InputError(
             f"memory.activations = 'cpu': inputs of layers need {needed / 2**30:.1f} GiB of host "
             f"memory and {available / 2**30:.1f} GiB are free; shorten train.seq_len, take a "
             "smaller train.micro_batch or more processes, or set it to 'device'"
         )
-
-
-def host_bytes_available() -> int:
-    """Free host memory, as far as this process's control group lets it take that."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for line in _lines("/proc/meminfo"):
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024
-    group = Path("/sys/fs/cgroup")
-    limit, used = (_lines(group / name) for name in ("memory.max", "memory.current"))
-    if limit and used and limit[0].isdigit():
-        free = min(free, int(limit[0]) - int(used[0]))
-    return max(0, free)
-
-
-def _lines(path: str | Path) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []

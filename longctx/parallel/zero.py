@@ -13,10 +13,6 @@ BUCKET = 50_000_000
 """Elements that DeepSpeed reduces or gathers at a time."""
 PERSISTENT = 10_000
 """Elements below which stage 3 keeps a weight whole on every process."""
-OPTIMIZER_BYTES = 16
-"""A weight's fp32 value, gradient and two averages, which lie where the optimizer does."""
-WEIGHT_BYTES = 4
-MEMORY_FILE = Path("/proc/meminfo")
 
 
 @dataclass(frozen=True)
@@ -61,12 +57,6 @@ class Zero:
         """Whether anything lies on NVMe."""
         return "nvme" in (self.optimizer, self.weights)
 
-    @property
-    def host_bytes(self) -> int:
-        """Bytes of host memory for each weight that a process holds."""
-        in_memory = OPTIMIZER_BYTES * (self.optimizer == "cpu")
-        return in_memory + WEIGHT_BYTES * (self.weights == "cpu")
-
 
 def deepspeed_config(zero: Zero, processes: int, on_gpu: bool) -> dict[str, Any]:
     """DeepSpeed's configuration; everything it could decide by itself is decided here."""
@@ -109,25 +99,3 @@ def check_installed() -> None:
             "parallel.engine = 'deepspeed': DeepSpeed is not installed; "
             "pip install 'longctx[deepspeed]', or choose engine 'fsdp2'"
         )
-
-
-def check_host_memory(zero: Zero, weights: int, processes: int, here: int) -> None:
-    """InputError if the `here` processes of this host would hold more than its free memory."""
-    needed = weights * zero.host_bytes * here // processes
-    free = free_host_bytes()
-    if free is not None and needed > free:
-        raise InputError(
-            f"memory.optimizer = {zero.optimizer!r}, memory.weights = {zero.weights!r}: "
-            f"{needed / 2**30:.1f} GiB on this host ({zero.host_bytes} bytes for each of "
-            f"{weights:,} weights, {here} of {processes} processes), of which "
-            f"{free / 2**30:.1f} GiB are free; use more hosts, 'nvme' or 'device'"
-        )
-
-
-def free_host_bytes() -> int | None:
-    """Memory that this host can give; None where the system does not tell."""
-    try:
-        lines = MEMORY_FILE.read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable:")), None)

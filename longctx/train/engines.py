@@ -8,15 +8,17 @@ from torch import Tensor
 from longctx.errors import InputError
 from longctx.model.decoder import Decoder, initialise
 from longctx.model.first_weights import FirstWeights
+from longctx.model.memory import check_host, host_bytes_needed
 from longctx.parallel import Mesh, Split
 from longctx.parallel.deepspeed import DeepSpeedEngine
 from longctx.parallel.engine import Engine, Replicated
 from longctx.parallel.fsdp import Sharded, Sharder
 from longctx.parallel.megatron import check_installed as check_megatron
 from longctx.parallel.mesh import processes_here
+from longctx.parallel.offload import check_state_on_host
 from longctx.parallel.shares import refuse_tp
 from longctx.parallel.tensor_parallel import TensorSplit, split_decoder
-from longctx.parallel.zero import Zero, check_host_memory, check_installed
+from longctx.parallel.zero import Zero, check_installed
 from longctx.train.optim import build_optimizer
 from longctx.train.settings import Settings
 
@@ -26,7 +28,12 @@ OUTSIDE_LAYERS = -1
 def settle_engine(settings: Settings, split: Split) -> Split:
     """The split with the engine that it needs; InputError if that, or what it asks for, is not
     there."""
-    memory = settings.memory
+    memory, config = settings.memory, settings.train
+    if config.resolve_device().type == "cuda":
+        rows = config.micro_batch or config.batch_size // split.dp
+        tokens, layers = rows * -(-config.seq_len // split.sp), settings.model.letters
+        needed = host_bytes_needed(memory, layers, settings.model.width, tokens)
+        check_host(needed * processes_here())
     if memory.weights == "cpu" and settings.parallel.engine == "fsdp2":
         split = replace(split, engine="fsdp2")
     if split.tp > 1:
@@ -79,7 +86,7 @@ def build_engine(settings: Settings, vocab_size: int, mesh: Mesh) -> Engine:
     optimizer = build_optimizer(model, settings.optim)
     if mesh.split.engine == "deepspeed":
         zero = _zero(settings, mesh.split)
-        check_host_memory(zero, model.num_parameters(), mesh.size, processes_here())
+        _check_state(settings, model, mesh)
         return DeepSpeedEngine(model, optimizer, zero, mesh)
     return Replicated(model, optimizer, settings.optim.clip_norm, mesh, split)
 
@@ -89,6 +96,7 @@ def _sharded(settings: Settings, vocab_size: int, mesh: Mesh) -> Engine:
     with torch.device("meta"):
         model = Decoder(settings.model, vocab_size, settings.memory)
     split = split_decoder(model, mesh.tensor_group) if mesh.tensor_group else None
+    _check_state(settings, model, mesh)
     model.to(_dtype(settings, mesh))
     on_host = settings.memory.weights == "cpu"
     sharder = Sharder(mesh, settings.parallel.weights, on_host)
@@ -104,6 +112,12 @@ def _sharded(settings: Settings, vocab_size: int, mesh: Mesh) -> Engine:
     engine.load(first.read, (), weights_only=True)
     first.fill_buffers(model, lambda name, whole: _part(split, name, whole))
     return engine
+
+
+def _check_state(settings: Settings, model: Decoder, mesh: Mesh) -> None:
+    places = settings.memory.optimizer, settings.memory.weights
+    holders = mesh.size // mesh.split.replicas
+    check_state_on_host(places, model.num_parameters(), holders, processes_here())
 
 
 def _part(split: TensorSplit | None, name: str, whole: Tensor) -> Tensor:

@@ -10,9 +10,10 @@ import torch.distributed as dist
 
 from longctx.errors import InputError
 from longctx.model.memory import MemoryConfig
+from longctx.parallel import offload
 from longctx.parallel import zero as zero_module
 from longctx.parallel.deepspeed import TAG, DeepSpeedEngine
-from longctx.parallel.zero import Zero, check_host_memory, check_installed, deepspeed_config
+from longctx.parallel.zero import Zero, check_installed, deepspeed_config
 from tests.dist import run_gloo
 from tests.parallel.zero_cases import (
     build,
@@ -266,16 +267,12 @@ def test_an_impossible_offload_is_refused(options, words):
         Zero(**options)
 
 
-def test_offload_that_the_host_cannot_hold_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(zero_module, "MEMORY_FILE", tmp_path / "meminfo")
-    (tmp_path / "meminfo").write_text("MemTotal: 99 kB\nMemAvailable:    1000 kB\n")
-    offload = Zero(3, "cpu", "cpu")
-    check_host_memory(offload, 102_400, processes=4, here=2)
+def test_offload_that_the_host_cannot_hold_is_refused(monkeypatch):
+    monkeypatch.setattr(offload, "free_memory", lambda: 1000 * 1024)
+    offload.check_state_on_host(("cpu", "cpu"), 102_400, processes=4, here=2)
     with pytest.raises(InputError, match="20 bytes for each of 102,401 weights, 2 of 4"):
-        check_host_memory(offload, 102_401, processes=4, here=2)
-    check_host_memory(Zero(3), 10**12, processes=1, here=1)
-    (tmp_path / "meminfo").unlink()
-    check_host_memory(offload, 10**12, processes=1, here=1)
+        offload.check_state_on_host(("cpu", "cpu"), 102_401, processes=4, here=2)
+    offload.check_state_on_host(("device", "nvme"), 10**12, processes=1, here=1)
 
 
 def test_without_deepspeed_the_message_says_how_to_install_it(monkeypatch):
