@@ -37,12 +37,18 @@ def train(argv: list[str]) -> int:
 
 
 def _train(settings: "Settings", stop: "StopRequest") -> int:
-    from longctx.parallel.mesh import world_size
+    from longctx.parallel.mesh import has_joined, is_first_here, world_size
     from longctx.train.mirror import is_stuck
     from longctx.train.trainer import train as run
 
     try:
         code = STOPPED if run(settings, stop) else 0
+    except InputError as error:
+        if not has_joined():
+            raise
+        if is_first_here():
+            sys.stderr.write(f"longctx: {error}\n")
+        code = 2
     except OutsideError as error:
         sys.stderr.write(f"longctx: {error}\n")
         code = 1
@@ -61,8 +67,8 @@ def _leave(code: int) -> NoReturn:
 def check(argv: list[str]) -> int:
     """CONFIG [PROCESSES] [--table.key value ...]: say whether train could start, and how"""
     from longctx.config import apply_overrides
+    from longctx.train.prepare import prepare
     from longctx.train.settings import load_settings
-    from longctx.train.trainer import prepare
 
     name, options = _first_argument(argv, "check", "a config file or preset", default="tiny")
     processes = 1
@@ -151,9 +157,9 @@ def main(argv: list[str] | None = None) -> int:
             raise InputError(f"{argv[0]!r} is no command; commands: {', '.join(COMMANDS)}")
         return COMMANDS[argv[0]](argv[1:])
     except InputError as error:
-        from longctx.parallel.mesh import is_first_process
+        from longctx.parallel.mesh import is_first_here
 
-        if is_first_process():
+        if is_first_here():
             sys.stderr.write(f"longctx: {error}\n")
         return 2
     except OutsideError as error:

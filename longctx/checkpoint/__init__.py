@@ -10,7 +10,6 @@ from longctx.checkpoint.contents import (
     check_model,
     load_model,
     load_random,
-    model_boxes,
     model_tensors,
     random_boxes,
 )
@@ -33,7 +32,6 @@ __all__ = [
     "latest",
     "load_model",
     "load_random",
-    "model_boxes",
     "model_tensors",
     "open_checkpoint",
     "random_boxes",

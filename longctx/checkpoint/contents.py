@@ -23,11 +23,6 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in tensors.values()}
 
 
-def model_boxes(model: nn.Module) -> list[Box]:
-    """The boxes of a model that is not split."""
-    return [whole(f"{MODEL}{name}", tensor) for name, tensor in model_tensors(model).items()]
-
-
 def random_boxes(rank: int) -> list[Box]:
     """torch's random state on the CPU, and on the current CUDA device if that is in use."""
     boxes = [whole(f"random/{rank}/cpu", torch.get_rng_state())]

@@ -44,6 +44,8 @@ class Checkpoints:
         self._copy: _Copy | None = None
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
+        """Of the last save in the background."""
+        self._untold = ""
         if self._crew.rank == 0:
             with contextlib.suppress(OSError):
                 self._store.sweep()
@@ -80,16 +82,16 @@ class Checkpoints:
             self._copy = None
 
     def wait(self) -> None:
-        """Waits for the save in the background; raises OutsideError if one failed."""
+        """Waits for the last save; raises OutsideError, in all processes alike, if that failed."""
         self._join()
-        failure, self._failure = self._failure, None
-        if failure:
-            raise failure
+        self._untold = ""
+        if self._failure:
+            raise self._failure
 
     def failure(self) -> str | None:
         """Why a save in the background failed, told once; does not wait."""
-        failure, self._failure = self._failure, None
-        return str(failure) if failure else None
+        untold, self._untold = self._untold, ""
+        return untold or None
 
     def _join(self) -> None:
         if self._thread:
@@ -98,15 +100,24 @@ class Checkpoints:
 
     def _write_behind(self, copy: "_Copy", step: int, content: bytes, config_sha256: str) -> None:
         try:
-            copy.finish()
-            self._write(step, copy.boxes, content, config_sha256)
+            self._write(step, copy.boxes, content, config_sha256, copy.finish)
         except Exception as error:
-            self._failure = error
+            self._failure, self._untold = error, str(error)
+        else:
+            self._failure = None
 
-    def _write(self, step: int, boxes: Sequence[Box], content: bytes, config_sha256: str) -> None:
+    def _write(
+        self,
+        step: int,
+        boxes: Sequence[Box],
+        content: bytes,
+        config_sha256: str,
+        copy: Callable[[], None] = lambda: None,
+    ) -> None:
         store, crew = self._store, self._crew
 
         def begin() -> list[list[Box]]:
+            copy()
             if crew.rank == 0:
                 store.begin(step)
             return sort_boxes(boxes)
@@ -253,6 +264,7 @@ class _Copy:
                 for x, box in pairs:
                     if x.device == device:
                         box.tensor.copy_(x, non_blocking=True)
+                        x.record_stream(stream)
             self._copied.append(stream.record_event())
 
     def finish(self) -> None:
@@ -263,10 +275,10 @@ class _Copy:
                     np.copyto(_bytes(buffer), _bytes(x))
                 else:
                     buffer.copy_(x)
-            for event in self._copied:
-                event.synchronize()
         finally:
             self._done.set()
+        for event in self._copied:
+            event.synchronize()
 
     def settle(self) -> None:
         """Lets nothing that comes after change what is being copied."""

@@ -100,7 +100,7 @@ class DataConfig:
 
 def _range_of_steps(text: str) -> range:
     first, _, last = text.partition("-")
-    if not (first.isdigit() and (last or first).isdigit() and int(first) <= int(last or first)):
+    if not (first.isdecimal() and (last or first).isdecimal() and int(first) <= int(last or first)):
         raise InputError(f"data.skip_steps: {text!r} is neither a step nor a range such as 120-140")
     return range(int(first), int(last or first) + 1)
 

@@ -75,7 +75,7 @@ class DeepSpeedEngine(Engine):
             group["lr"] = lr
         if self._update_norm is None:
             self._step()
-            return torch.tensor(math.nan)
+            return torch.tensor(math.nan, device=self.mesh.device)
         self._update_norm.before()
         self._step()
         square = self._update_norm.squared().to(self.mesh.device)

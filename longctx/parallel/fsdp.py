@@ -6,7 +6,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     MixedPrecisionPolicy,
@@ -17,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from longctx.parallel.engine import TorchEngine
 from longctx.parallel.mesh import Mesh
-from longctx.sequence.c10d import all_gather_flat, reduce_scatter_flat
+from longctx.sequence.c10d import all_gather_flat, named, reduce_scatter_flat
 from longctx.sequence.communicator import all_reduce_bytes
 from longctx.sequence.ledger import Label, Ledger
 
@@ -26,11 +25,7 @@ class Sharder:
     """Shards modules as they are built, innermost first."""
 
     def __init__(self, mesh: Mesh, weights: str, on_host: bool):
-        replicas, shards = mesh.split.replicas, mesh.data_size // mesh.split.replicas
-        shape, names = (replicas, shards, mesh.split.tp), ("replicas", "shards", "tensor")
-        whole = init_device_mesh(mesh.device.type, shape, mesh_dim_names=names)
-        self._mesh = whole["replicas", "shards"] if replicas > 1 else whole["shards"]
-        self._ledger, self._replicas = mesh.ledger, replicas
+        self._mesh, self._ledger, self._replicas = mesh.shards(), mesh.ledger, mesh.split.replicas
         if weights == "bf16":
             self._rounded = MixedPrecisionPolicy(
                 param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -104,7 +99,11 @@ class _CountedGather(_Buffers):
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False
     ) -> Any:
         self._ledger.record(self._label, output_tensor.nbytes - input_tensor.nbytes)
-        return all_gather_flat(output_tensor, input_tensor, group=group, async_op=async_op)
+        return named(
+            self._ledger,
+            self._label,
+            lambda: all_gather_flat(output_tensor, input_tensor, group=group, async_op=async_op),
+        )
 
 
 class _CountedScatter(_Buffers):
@@ -126,6 +125,10 @@ class _CountedScatter(_Buffers):
         if self._replicas > 1:
             bytes_received = all_reduce_bytes(output_tensor, self._replicas)
             self._ledger.record(self._label, bytes_received)
-        return reduce_scatter_flat(
-            output_tensor, input_tensor, op=op, group=group, async_op=async_op
+        return named(
+            self._ledger,
+            self._label,
+            lambda: reduce_scatter_flat(
+                output_tensor, input_tensor, op=op, group=group, async_op=async_op
+            ),
         )

@@ -7,6 +7,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from longctx.parallel.config import Split
 from longctx.parallel.crew import GlooCrew
@@ -29,14 +30,19 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def is_first_process() -> bool:
-    """Whether this process speaks for all."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def local_rank() -> int:
     """This process's number on its host."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_first_here() -> bool:
+    """Whether this process speaks for those of its host, of which each may lack something."""
+    return local_rank() == 0
+
+
+def has_joined() -> bool:
+    """Whether this process is in a group with others."""
+    return dist.is_initialized()
 
 
 def processes_here() -> int:
@@ -54,6 +60,8 @@ class Mesh:
         self.data_size = split.dp * split.sp
         self.size = self.data_size * split.tp
         self.rank = 0
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         self.is_joined = self.size > 1 or split.engine != "none"
         backend = "nccl" if device.type == "cuda" else "gloo"
         if self.size > 1:
@@ -122,6 +130,19 @@ class Mesh:
         total = self._data.all_reduce(flat, Label(OUTSIDE_LAYERS, "gradients"))
         for gradient, summed in zip(gradients, total.split([g.numel() for g in gradients])):
             gradient.copy_(summed.view_as(gradient))
+
+    def shards(self) -> DeviceMesh:
+        """The processes that hold the weights of this one's heads, replica by replica."""
+        split, kind = self.split, self.device.type
+        mine = torch.arange(self.tp_rank, self.size, split.tp)
+        if split.replicas == 1:
+            return DeviceMesh.from_group(self._data.group, kind, mesh=mine)
+        each_RS = mine.view(split.replicas, -1)
+        every = [torch.arange(t, self.size, split.tp).view_as(each_RS) for t in range(split.tp)]
+        across = self._own_group([column for m in every for column in m.mT.tolist()]).group
+        within = self._own_group([row for m in every for row in m.tolist()]).group
+        names = ("replicas", "shards")
+        return DeviceMesh.from_group([across, within], kind, mesh=each_RS, mesh_dim_names=names)
 
     def crew(self) -> GlooCrew | None:
         """All processes, to speak about checkpoints beside the training; None for one alone."""

@@ -35,7 +35,8 @@ def join(backend: str, timeout: timedelta) -> None:
     except ValueError as error:
         raise InputError(
             f"the processes of this run cannot meet: {_line(error)}; start them with torchrun, "
-            "launch/local.sh or a scheduler that sets RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"
+            "launch/local.sh or a scheduler that sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR "
+            "and MASTER_PORT"
         ) from error
     except RuntimeError as error:
         raise OutsideError(

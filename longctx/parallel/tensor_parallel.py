@@ -35,6 +35,8 @@ class TensorSplit:
     """Of every parameter and buffer, by name."""
     partial: frozenset[str]
     """Parameters that are whole, with gradients of which each process finds a part."""
+    device: torch.device
+    """Where the group exchanges."""
 
     def is_sharded(self, name: str) -> bool:
         """Whether processes of the group have different parts of it."""
@@ -50,13 +52,15 @@ class TensorSplit:
         gradients = [g.to_local() if isinstance(g, DTensor) else g for g in found]
         if not gradients:
             return
-        total = self.group.sum(torch.cat([g.flatten() for g in gradients]), PARTIAL)
+        flat = torch.cat([g.flatten() for g in gradients]).to(self.device)
+        total = self.group.sum(flat, PARTIAL)
         for gradient, summed in zip(gradients, total.split([g.numel() for g in gradients])):
             gradient.copy_(summed.view_as(gradient))
 
 
-def split_decoder(model: Any, group: TensorGroup) -> TensorSplit:
-    """Leaves of a whole Decoder the part of one process, in place; names stay as they are.
+def split_decoder(model: Any, group: TensorGroup, device: torch.device) -> TensorSplit:
+    """Leaves of a whole Decoder the part of one process of a group that exchanges on `device`, in
+    place; names stay as they are.
 
     Its FLOPs and number of parameters stay those of the whole.
     """
@@ -78,7 +82,7 @@ def split_decoder(model: Any, group: TensorGroup) -> TensorSplit:
             cuts |= {f"{prefix}mlp.{name}": cut for name, cut in own.items()}
     cuts |= _share_vocabulary(model, group)
     model.flops, model.num_parameters, model.step = whole.flops, whole.num_parameters, _no_step
-    return TensorSplit(group, cuts, frozenset(is_partial))
+    return TensorSplit(group, cuts, frozenset(is_partial), device)
 
 
 def share_mixer(

@@ -18,25 +18,31 @@ all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_in
 reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+def named(ledger: Ledger, label: Label, action: Callable[[], Result]) -> Result:
+    """Does what may wait for other ranks; meanwhile the ledger says who asks, as does the error if
+    one is lost."""
+    ledger.waiting = label
+    try:
+        return action()
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise OutsideError(
+            f"rank {dist.get_rank()}: {label} failed; a rank is gone or slower than "
+            f"parallel.timeout_seconds ({reason})"
+        ) from error
+    finally:
+        ledger.waiting = None
+
+
 class ProcessGroup(Communicator):
     """This process as a member of a torch.distributed group."""
 
     def __init__(self, group: Any, ledger: Ledger):
         super().__init__(dist.get_rank(group), dist.get_world_size(group), ledger)
-        self._group = group
+        self.group = group
 
     def _call(self, label: Label, action: Callable[[], Result]) -> Result:
-        self.ledger.waiting = label
-        try:
-            return action()
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise OutsideError(
-                f"rank {dist.get_rank()}: {label} failed; a rank is gone or slower than "
-                f"parallel.timeout_seconds ({reason})"
-            ) from error
-        finally:
-            self.ledger.waiting = None
+        return named(self.ledger, label, action)
 
     def _started(self, label: Label, works: Sequence[Any], result: list[Tensor]) -> Pending:
         def finish() -> list[Tensor]:
@@ -49,7 +55,7 @@ class ProcessGroup(Communicator):
     def _all_gather(self, flat: Tensor, label: Label) -> Pending:
         out = flat.new_empty(self.size * flat.numel())
         work = self._call(
-            label, lambda: all_gather_flat(out, flat, group=self._group, async_op=True)
+            label, lambda: all_gather_flat(out, flat, group=self.group, async_op=True)
         )
         return self._started(label, [work], list(out.view(self.size, -1)))
 
@@ -57,7 +63,7 @@ class ProcessGroup(Communicator):
         out = flat_PN.new_empty(flat_PN.shape[1])
         work = self._call(
             label,
-            lambda: reduce_scatter_flat(out, flat_PN.reshape(-1), group=self._group, async_op=True),
+            lambda: reduce_scatter_flat(out, flat_PN.reshape(-1), group=self.group, async_op=True),
         )
         return self._started(label, [work], [out])
 
@@ -71,7 +77,7 @@ class ProcessGroup(Communicator):
                 sent,
                 sizes,
                 [part.numel() for part in parts],
-                group=self._group,
+                group=self.group,
                 async_op=True,
             ),
         )
@@ -79,7 +85,7 @@ class ProcessGroup(Communicator):
 
     def _all_reduce(self, x: Tensor, label: Label) -> Tensor:
         out = x.clone()
-        self._call(label, lambda: dist.all_reduce(out, group=self._group))
+        self._call(label, lambda: dist.all_reduce(out, group=self.group))
         return out
 
     def _exchange(
@@ -91,11 +97,11 @@ class ProcessGroup(Communicator):
     ) -> Pending:
         arriving = [like.new_empty(shape) for _, shape in receives]
         operations = [
-            dist.P2POp(dist.irecv, x, group=self._group, group_peer=rank)
+            dist.P2POp(dist.irecv, x, group=self.group, group_peer=rank)
             for (rank, _), x in zip(receives, arriving)
         ]
         operations += [
-            dist.P2POp(dist.isend, x, group=self._group, group_peer=rank) for rank, x in sends
+            dist.P2POp(dist.isend, x, group=self.group, group_peer=rank) for rank, x in sends
         ]
         works = self._call(label, lambda: dist.batch_isend_irecv(operations))
         return self._started(label, works, arriving)

@@ -36,6 +36,12 @@ def settle_engine(settings: Settings, split: Split) -> Split:
         check_host(needed * processes_here())
     if memory.weights == "cpu" and settings.parallel.engine == "fsdp2":
         split = replace(split, engine="fsdp2")
+    precision = config.resolve_precision(config.resolve_device())
+    if settings.parallel.weights == "bf16" and precision != "bf16":
+        raise InputError(
+            f"parallel.weights = 'bf16' with train.precision = {precision!r}: set precision to "
+            "'bf16', or weights to 'fp32'"
+        )
     if split.tp > 1:
         _check_tp(settings, split)
     if split.engine == "deepspeed":
@@ -81,7 +87,7 @@ def build_engine(settings: Settings, vocab_size: int, mesh: Mesh) -> Engine:
         return _sharded(settings, vocab_size, mesh)
     model = Decoder(settings.model, vocab_size, settings.memory)
     initialise(model, settings.run.seed)
-    split = split_decoder(model, mesh.tensor_group) if mesh.tensor_group else None
+    split = split_decoder(model, mesh.tensor_group, mesh.device) if mesh.tensor_group else None
     model.to(mesh.device, _dtype(settings, mesh))
     optimizer = build_optimizer(model, settings.optim)
     if mesh.split.engine == "deepspeed":
@@ -95,7 +101,7 @@ def _sharded(settings: Settings, vocab_size: int, mesh: Mesh) -> Engine:
     """No process ever holds more than a layer of a model that is spread."""
     with torch.device("meta"):
         model = Decoder(settings.model, vocab_size, settings.memory)
-    split = split_decoder(model, mesh.tensor_group) if mesh.tensor_group else None
+    split = split_decoder(model, mesh.tensor_group, mesh.device) if mesh.tensor_group else None
     _check_state(settings, model, mesh)
     model.to(_dtype(settings, mesh))
     on_host = settings.memory.weights == "cpu"
@@ -104,6 +110,7 @@ def _sharded(settings: Settings, vocab_size: int, mesh: Mesh) -> Engine:
         sharder.shard(block, layer)
     sharder.shard(model, OUTSIDE_LAYERS)
     model.to_empty(device="cpu" if on_host else mesh.device)
+    _move_buffers(model, mesh.device)
     if settings.model.tied_head:
         model.head.weight = model.embedding.weight
     optimizer = build_optimizer(model, settings.optim)
@@ -112,6 +119,13 @@ def _sharded(settings: Settings, vocab_size: int, mesh: Mesh) -> Engine:
     engine.load(first.read, (), weights_only=True)
     first.fill_buffers(model, lambda name, whole: _part(split, name, whole))
     return engine
+
+
+def _move_buffers(model: Decoder, device: torch.device) -> None:
+    """To where layers compute; only weights wait on the host."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
 
 
 def _check_state(settings: Settings, model: Decoder, mesh: Mesh) -> None:

@@ -34,6 +34,8 @@ class Sums:
         totals = dict(zip(self._sums, shaped(mesh.sum(flat, "metrics"), values)))
         if mesh.split.tp > 1:
             totals |= {name: mesh.sum_over_all(totals[name], "flag") for name in self._flags}
+            if "loss" in totals:  # all must judge a step by the same one, to the last bit
+                totals["loss"] = mesh.sum_over_all(totals["loss"], "loss") / mesh.size
         return totals
 
     def _values(self) -> list[Tensor]:

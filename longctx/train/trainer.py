@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -21,18 +21,16 @@ from longctx.checkpoint import (
     resolve,
 )
 from longctx.config import to_dict
-from longctx.data import Loader, Loaders, build_loaders
-from longctx.errors import InputError
+from longctx.data import Loader, Loaders
+from longctx.errors import OutsideError
 from longctx.model.decoder import Losses
-from longctx.parallel import Mesh, Split, world_size
-from longctx.parallel import resolve as resolve_split
+from longctx.parallel import Mesh, world_size
 from longctx.parallel.variables import record_exchanges
 from longctx.train.determinism import (
-    check_deterministic,
     make_deterministic,
     naming_nondeterminism,
 )
-from longctx.train.engines import build_engine, settle_engine
+from longctx.train.engines import build_engine
 from longctx.train.guard import Guard
 from longctx.train.hardware import (
     forget_peak_memory,
@@ -42,9 +40,10 @@ from longctx.train.hardware import (
 )
 from longctx.train.metrics import MetricsLog, SilentLog
 from longctx.train.optim import learning_rate
+from longctx.train.prepare import prepare
 from longctx.train.replicas import check_replicas
 from longctx.train.reports import conclude, open_log
-from longctx.train.run_directory import open_run, write_config
+from longctx.train.run_directory import write_config
 from longctx.train.settings import DTYPES, Settings
 from longctx.train.signals import StopRequest
 from longctx.train.sums import Sums, on_host
@@ -65,6 +64,7 @@ def train(settings: Settings, stop: StopRequest | None = None) -> str:
         keep_freed_memory()
     mesh = Mesh(split, device, settings.parallel.timeout_seconds)
     trainer = Trainer(settings, loaders, mesh, stop)
+    trainer.agree_on(resumed)
     if resumed:
         trainer.load(resumed)
     elif settings.run.init_from:
@@ -75,42 +75,6 @@ def train(settings: Settings, stop: StopRequest | None = None) -> str:
         stopped_by = trainer.run()
     mesh.close()
     return stopped_by
-
-
-class Prepared(NamedTuple):
-    """What is known before processes speak to each other."""
-
-    device: torch.device
-    split: Split
-    loaders: Loaders
-    resumed: Address | None
-
-
-def prepare(settings: Settings, processes: int) -> Prepared:
-    """Refuses what cannot run on this many processes, before anything is written or sent."""
-    config = settings.train
-    device = config.resolve_device()
-    _check_backends(settings, device)
-    if config.deterministic:
-        check_deterministic(settings.model.mixers, settings.model.backend)
-    layers = settings.model.layers
-    split = resolve_split(settings.parallel, layers, processes, config.seq_len)
-    if config.batch_size % split.dp:
-        raise InputError(
-            f"train.batch_size = {config.batch_size} is not a multiple of the {split.dp} replicas "
-            "(processes / parallel.sp / parallel.tp)"
-        )
-    split = settle_engine(settings, split)
-    loaders = build_loaders(settings.data, config.seq_len, config.batch_size, settings.run.seed)
-    return Prepared(device, split, loaders, open_run(settings, loaders.fingerprint))
-
-
-def _check_backends(settings: Settings, device: torch.device) -> None:
-    for letter, mixer in settings.model.mixers.items():
-        try:
-            mixer.on(settings.model.backend).check_device(device)
-        except ValueError as error:
-            raise InputError(f"model.mixers.{letter}: {error}") from None
 
 
 @dataclass
@@ -140,7 +104,7 @@ class Trainer:
         self.peak_flops, self.peak_source = peak_flops(self.device, DTYPES[self.precision])
 
     def run(self) -> str:
-        """Steps until the end, `stop_after` or a signal; every way out leaves a checkpoint."""
+        """Steps until the end, `stop_after` or a signal, each of which leaves a checkpoint."""
         settings, progress, faults = self.settings, self.progress, self.settings.faults
         last = min(settings.train.stop_after or math.inf, settings.train.steps)
         log, stopped, saved = open_log(self), False, progress.step
@@ -157,8 +121,7 @@ class Trainer:
                     self._check_replicas()
                 if self._ends(settings.checkpoint.every):
                     watchdog.beat(progress.step, "checkpoint")
-                    self.save()
-                    saved = progress.step
+                    saved = progress.step if self._try_to_save(log) else saved
                 if failure := self.checkpoints.failure():
                     log.warn(f"{failure}; training goes on")
             watchdog.beat(progress.step, "last checkpoint")
@@ -198,7 +161,8 @@ class Trainer:
         else:
             figures |= self._update(figures, measured, lr, log)
         stopped = figures.pop("stop") > 0
-        return self._metrics(figures | {"lr": lr}, time.perf_counter() - started), stopped
+        tokens = 0 if left_out else config.batch_size * config.seq_len
+        return self._metrics(figures | {"lr": lr}, tokens, time.perf_counter() - started), stopped
 
     def _add_gradients(self, sums: Sums) -> list[str]:
         """Runs this process's share of the batch; the names of the routers' statistics."""
@@ -239,16 +203,15 @@ class Trainer:
         told |= self.model.adapt(statistics, config.batch_size * config.seq_len)
         return on_host(told) | {"skipped": self.guard.skipped}
 
-    def _metrics(self, figures: dict[str, Any], seconds: float) -> dict[str, Any]:
-        progress, config = self.progress, self.settings.train
-        traffic = self.mesh.ledger.total()
-        tokens = config.batch_size * config.seq_len
+    def _metrics(self, figures: dict[str, Any], tokens: int, seconds: float) -> dict[str, Any]:
+        progress, traffic = self.progress, self.mesh.ledger.total()
         progress.tokens += tokens
         progress.seconds += seconds
         rate = 3 * figures.pop("flops", 0.0) / seconds
         return {
             "step": progress.step,
-            "loss": None,
+            "loss": None,  # of a step that is left out
+            "grad_norm": None,
             "tokens": progress.tokens,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
@@ -272,10 +235,8 @@ class Trainer:
             losses = self._forward(loader, mine or ids[:1])[0]  # all exchange weights, or none
             if mine:
                 total += torch.stack((losses.cross_entropy.double(), losses.correct.double())).cpu()
-        total = mesh.sum(total.to(self.device), "evaluation")
-        return dict(
-            zip(("val_loss", "val_accuracy"), (total / max(1, loader.num_valid(ids))).tolist())
-        )
+        total = mesh.sum(total.to(self.device), "evaluation") / max(1, loader.num_valid(ids))
+        return on_host(dict(zip(("val_loss", "val_accuracy"), total)))
 
     def _forward(self, loader: Loader, ids: Sequence[int]) -> tuple[Losses, int]:
         """This process's share of the losses of sequences, and the FLOPs of computing it."""
@@ -285,10 +246,20 @@ class Trainer:
         view = view.keyed(settings.run.seed, self.progress.step, batch.sequence_ids)
         autocast: Any = contextlib.nullcontext()
         if self.precision == "bf16":
-            autocast = torch.autocast(device.type, torch.bfloat16)
+            # A cache would keep the rounded weights of all layers until the end.
+            autocast = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
         with autocast:
             losses = self.model(batch.tokens_BT.to(device), batch.labels_BT.to(device), view)
         return losses, sum(self.model.flops(view.positions_BT.flatten() + 1).values())
+
+    def _try_to_save(self, log: MetricsLog | SilentLog) -> bool:
+        """Whether all processes are done with a checkpoint, or write it in the background."""
+        try:
+            self.save()
+        except OutsideError as error:
+            log.warn(f"{error}; training goes on")
+            return False
+        return True
 
     def save(self) -> None:
         """Makes a checkpoint of now; on the disk when the file system is done with it."""
@@ -303,6 +274,16 @@ class Trainer:
         }
         boxes = self.engine.boxes() + random_boxes(self.mesh.rank)
         self.checkpoints.save(progress.step, boxes, state)
+
+    def agree_on(self, resumed: Address | None) -> None:
+        """Raises OutsideError unless all processes found the same newest checkpoint."""
+        found = self.crew.gather(str(resumed).encode()) if self.crew else []
+        if len(set(found)) > 1:
+            names = ", ".join(sorted({name.decode() for name in found}))
+            raise OutsideError(
+                f"rank {self.mesh.rank}: processes see different newest checkpoints ({names}): "
+                "wait until all hosts see the same folder, and start again"
+            )
 
     def load(self, path: Address) -> None:
         """Goes back to a checkpoint: weights, optimizer, random state and place in the data."""
@@ -324,8 +305,9 @@ class Trainer:
 
     def _check_replicas(self) -> None:
         groups = self.engine.replicas()
-        weights = {name: part.local for name, part in self.engine.weights().items()}
-        check_replicas(weights, self.mesh.gather, groups)
+        parts, mesh = self.engine.weights(), self.mesh
+        weights = {name: part.local.to(mesh.device) for name, part in parts.items()}
+        check_replicas(weights, mesh.gather, groups)
 
 
 def _chunks(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:

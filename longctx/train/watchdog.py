@@ -28,10 +28,13 @@ LINGER_SECONDS = 1.0
 REPORT_SECONDS = 30.0
 """A report that takes longer, on a disk that hangs for example, is given up."""
 LOG_FILE = "log.txt"
+UNHURRIED = ("checkpoint", "last checkpoint")
+"""Phases that wait for a disk, which checkpoints have a limit of their own for."""
 WAITS = {
     "torch/distributed/": "torch.distributed",
     "deepspeed/comm/": "DeepSpeed",
     "longctx/train/sums.py": "figures, for the device",
+    "longctx/train/replicas.py": "digests, for the device",
 }
 """What a thread waits for whose code lies there, without an exchange of ours."""
 
@@ -105,7 +108,7 @@ class Watchdog:
     def _too_slow(self) -> str:
         doing, config = self._doing, self._config
         times = list(self._times.get(doing.phase, ()))
-        if not config.hang_factor or len(times) < FEWEST:
+        if not config.hang_factor or len(times) < FEWEST or doing.phase in UNHURRIED:
             return ""
         median, took = statistics.median(times), time.monotonic() - doing.since
         if took <= max(config.hang_seconds, config.hang_factor * median):

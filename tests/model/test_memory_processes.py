@@ -121,6 +121,7 @@ def test_sharded_weights_get_the_same_gradients():
         assert max(found) < 1e-12, found
 
 
+@pytest.mark.cluster
 def test_the_ladder_runs_on_a_cpu(tmp_path):
     script = ROOT / "kernels" / "bench" / "ladder.py"
     call = [sys.executable, str(script), "--tiny", "--first", "64", "--most", "128"]

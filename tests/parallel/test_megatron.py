@@ -23,7 +23,7 @@ from tests.dist import run_gloo
 from tests.parallel.megatron_on_cpu import on_cpu
 from tests.tolerances import assert_close
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.cluster
 
 WIDTH, VOCAB, TOKENS = 16, 38, 21
 
@@ -77,7 +77,7 @@ def beside_megatron(rank: int) -> None:
     assert rank < 2
     group = make_tensor_group(2, 1, timedelta(seconds=60), Ledger())
     model = small_decoder()
-    split_decoder(model, group)
+    split_decoder(model, group, torch.device("cpu"))
     mlp, embedding = model.blocks[0].mlp, model.embedding
     with on_cpu(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -119,7 +119,7 @@ def one_pass(rank: int) -> tuple[Traffic, Traffic]:
     """What this rank counts in a training step and what it should, and ties and bf16."""
     group = make_tensor_group(2, 1, timedelta(seconds=60), ledger := Ledger())
     model, whole = small_decoder(), small_decoder()
-    split_decoder(model, group)
+    split_decoder(model, group, torch.device("cpu"))
     labels = torch.full((2, TOKENS), 5)
     labels[0, :4] = -100
     view = LocalView.whole(2, TOKENS)
@@ -162,7 +162,8 @@ def test_a_shared_decoder_refuses_to_generate():
 
 def refusing_step(rank: int) -> str:
     model = small_decoder()
-    split_decoder(model, make_tensor_group(2, 1, timedelta(seconds=60), Ledger()))
+    group = make_tensor_group(2, 1, timedelta(seconds=60), Ledger())
+    split_decoder(model, group, torch.device("cpu"))
     with pytest.raises(TypeError) as error:
         model.step(torch.zeros(1, 3, dtype=torch.int64), rank, [])
     return str(error.value)

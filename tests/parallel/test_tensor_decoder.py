@@ -28,7 +28,7 @@ from tests.dist import run_gloo
 from tests.sequence.links import gloo_links
 from tests.tolerances import assert_close
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.cluster
 
 VOCAB, LENGTH, STEPS, CLIP = 37, 26, 3, 0.05
 DOCUMENTS = ((0, 9), (0, 1, 17))
@@ -154,7 +154,7 @@ def compared(rank: int, tp: int, sp: int) -> None:
     for tied, memory in ((True, "plain"), (False, "saving")):
         whole, shared = decoder(tied, "plain"), decoder(tied, memory)
         counts = shared.num_parameters(), shared.flops(torch.arange(1, 9))
-        split = split_decoder(shared, seat.group)
+        split = split_decoder(shared, seat.group, torch.device("cpu"))
         same_weights(shared, whole, split)
         assert (shared.num_parameters(), shared.flops(torch.arange(1, 9))) == counts
         assert split.partial.isdisjoint(n for n in split.cuts if split.is_sharded(n))
@@ -178,7 +178,7 @@ def sharded_too(rank: int, tp: int, dp: int) -> None:
     """One step of a decoder whose parts are spread by FSDP2 over those with the same part."""
     seat, row = Together(rank, tp, 1), rank // tp
     whole, shared = decoder(False, "plain"), decoder(False, "plain")
-    split = split_decoder(shared, seat.group)
+    split = split_decoder(shared, seat.group, torch.device("cpu"))
     mesh = init_device_mesh("cpu", (dp, tp), mesh_dim_names=("data", "tensor"))["data"]
     for module in (*shared.blocks, shared):
         fully_shard(module, mesh=mesh)

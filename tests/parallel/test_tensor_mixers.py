@@ -13,7 +13,7 @@ from tests.mixers.examples import WIDTH
 from tests.parallel.tensor_cases import all_cases, found_on
 from tests.tolerances import LARGEST_ERROR
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.cluster
 
 NEVER = {"bilevel"}
 """Kinds that no setting lets share heads."""

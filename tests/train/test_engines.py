@@ -11,7 +11,8 @@ from longctx.checkpoint import open_checkpoint
 from longctx.errors import InputError
 from longctx.parallel import Mesh, resolve, world_size
 from longctx.train.engines import build_engine, settle_engine
-from longctx.train.trainer import prepare, train
+from longctx.train.prepare import prepare
+from longctx.train.trainer import train
 from tests.train.processes import run, run_work
 
 pytestmark = pytest.mark.cluster
@@ -114,6 +115,19 @@ def test_all_engines_have_the_same_losses_in_single_precision(settings, rows, on
             assert abs(a["grad_norm"] - b["grad_norm"]) < 2e-5, name
 
 
+def test_weights_may_travel_in_bf16(settings, rows):
+    rounded = {"train__precision": "bf16", "parallel__sp": 2}
+    wide, narrow = (
+        settings("wide", **rounded),
+        settings("narrow", parallel__weights="bf16", **rounded),
+    )
+    for config in (wide, narrow):
+        run(2, config)
+    for a, b in zip(rows(wide), rows(narrow), strict=True):
+        assert abs(a["loss"] - b["loss"]) < 5e-3
+        assert b["exchange_bytes"] < a["exchange_bytes"]
+
+
 @pytest.mark.parametrize(("ranks", "changes"), LOADS.values(), ids=LOADS.keys())
 def test_a_checkpoint_loads_bit_for_bit_under_any_split(settings, reference, ranks, changes):
     """Each process finds what the checkpoint has where its parts lie, and together all of it."""
@@ -203,6 +217,12 @@ REFUSED = {
         "choose 'fsdp2'",
     ),
     "deepspeed and tp": ({"parallel__engine": "deepspeed", "parallel__tp": 2}, 2, "parallel.tp"),
+    "bf16 weights, fp32 products": ({"parallel__weights": "bf16"}, 2, "set precision to"),
+    "fp64 in DeepSpeed": (
+        {"parallel__engine": "deepspeed", "train__precision": "fp64"},
+        2,
+        "train.precision",
+    ),
     "bf16 weights elsewhere": (
         {"parallel__engine": "none", "parallel__weights": "bf16"},
         2,

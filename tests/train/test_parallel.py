@@ -6,7 +6,8 @@ import pytest
 
 from longctx.cli import main
 from longctx.errors import InputError
-from longctx.train.trainer import prepare, train
+from longctx.train.prepare import prepare
+from longctx.train.trainer import train
 from tests.train.processes import exit_codes, run, start
 
 pytestmark = pytest.mark.alone
@@ -129,11 +130,11 @@ def test_an_impossible_split_is_refused_before_anything_is_sent(
     assert not config.run.path.exists()
 
 
-def test_only_the_first_process_tells_a_mistake(monkeypatch, capsys):
+def test_only_the_first_process_of_a_host_tells_a_mistake(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "4")
     argv = ["train", "tiny", "--parallel.sp", "3"]
     for rank, lines in (("0", 1), ("1", 0)):
-        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
         assert main(argv) == 2
         assert capsys.readouterr().err.count("\n") == lines
 

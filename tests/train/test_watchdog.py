@@ -83,10 +83,18 @@ def test_first_steps_and_other_phases_may_be_slow(tmp_path):
     assert codes == []
 
 
-def test_a_phase_is_measured_against_itself(tmp_path, capfd):
+def test_a_checkpoint_may_wait_for_its_disk(tmp_path):
     dog, codes = watched(tmp_path, QUICK)
     with dog:
         beats(dog, phase="checkpoint")
+        time.sleep(0.9)
+    assert codes == []
+
+
+def test_a_phase_is_measured_against_itself(tmp_path, capfd):
+    dog, codes = watched(tmp_path, QUICK)
+    with dog:
+        beats(dog, phase="evaluation")
         time.sleep(0.9)
     assert codes == [1]
     assert "step 5 (checkpoint) hangs" in capfd.readouterr().err

@@ -1,0 +1,51 @@
+"""What is settled, or refused, before processes speak to each other."""
+
+from typing import NamedTuple
+
+import torch
+
+from longctx.checkpoint import Address
+from longctx.data import Loaders, build_loaders
+from longctx.errors import InputError
+from longctx.parallel import Split
+from longctx.parallel import resolve as resolve_split
+from longctx.train.determinism import check_deterministic
+from longctx.train.engines import settle_engine
+from longctx.train.run_directory import open_run
+from longctx.train.settings import Settings
+
+
+class Prepared(NamedTuple):
+    """What is known before processes speak to each other."""
+
+    device: torch.device
+    split: Split
+    loaders: Loaders
+    resumed: Address | None
+
+
+def prepare(settings: Settings, processes: int) -> Prepared:
+    """Refuses what cannot run on this many processes, before anything is written or sent."""
+    config = settings.train
+    device = config.resolve_device()
+    _check_backends(settings, device)
+    if config.deterministic:
+        check_deterministic(settings.model.mixers, settings.model.backend)
+    layers = settings.model.layers
+    split = resolve_split(settings.parallel, layers, processes, config.seq_len)
+    if config.batch_size % split.dp:
+        raise InputError(
+            f"train.batch_size = {config.batch_size} is not a multiple of the {split.dp} replicas "
+            "(processes / parallel.sp / parallel.tp)"
+        )
+    split = settle_engine(settings, split)
+    loaders = build_loaders(settings.data, config.seq_len, config.batch_size, settings.run.seed)
+    return Prepared(device, split, loaders, open_run(settings, loaders.fingerprint))
+
+
+def _check_backends(settings: Settings, device: torch.device) -> None:
+    for letter, mixer in settings.model.mixers.items():
+        try:
+            mixer.on(settings.model.backend).check_device(device)
+        except ValueError as error:
+            raise InputError(f"model.mixers.{letter}: {error}") from None
