@@ -17,16 +17,18 @@ class Autocast(NamedTuple):
     device: str
     dtype: torch.dtype
     enabled: bool
+    cached: bool
 
     @classmethod
     def of(cls, x: Tensor) -> "Autocast":
         """What is in force now for operations on such tensors."""
         device = x.device.type
-        return cls(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        return cls(device, dtype, enabled, torch.is_autocast_cache_enabled())
 
     def again(self) -> torch.autocast:
         """The same once more."""
-        return torch.autocast(self.device, self.dtype, self.enabled)
+        return torch.autocast(self.device, self.dtype, self.enabled, self.cached)
 
 
 def tile_count(plan: Plan, most: int) -> int:

@@ -97,7 +97,7 @@ def test_a_phase_is_measured_against_itself(tmp_path, capfd):
         beats(dog, phase="evaluation")
         time.sleep(0.9)
     assert codes == [1]
-    assert "step 5 (checkpoint) hangs" in capfd.readouterr().err
+    assert "step 5 (evaluation) hangs" in capfd.readouterr().err
 
 
 def test_nothing_is_watched_when_it_is_off(tmp_path):
