@@ -99,7 +99,7 @@ class Trainer:
         self.checkpoints = Checkpoints(settings.checkpoints, settings.checkpoint, self.crew)
         self.segments = mesh.segments(settings.train.seq_len)
         self.progress = Progress()
-        self.guard = Guard(settings.faults, lambda: latest(settings.checkpoints))
+        self.guard = Guard(settings.faults, self._last_good)
         self.num_parameters = self.model.num_parameters()
         self.peak_flops, self.peak_source = peak_flops(self.device, DTYPES[self.precision])
 
@@ -302,6 +302,12 @@ class Trainer:
     def _load(self, checkpoint: Checkpoint, weights_only: bool) -> None:
         check_model(checkpoint, {name: part.shape for name, part in self.engine.weights().items()})
         self.engine.load(checkpoint.read, checkpoint.names, weights_only)
+
+    def _last_good(self) -> Address | None:
+        """The newest checkpoint, also if it is still being written."""
+        with contextlib.suppress(OutsideError):
+            self.checkpoints.wait()
+        return latest(self.settings.checkpoints)
 
     def _check_replicas(self) -> None:
         groups = self.engine.replicas()

@@ -139,7 +139,7 @@ def compare(seat: Seat, config: MixerConfig) -> dict[str, float]:
     partial = frozenset(n for n, _ in part.named_parameters() if cuts[n].dim is None)
     view = seat.view()
     expected = results(whole, LocalView(DOCUMENTS, LENGTH), None)
-    actual = results(part, view, TensorSplit(seat.group, cuts, partial))
+    actual = results(part, view, TensorSplit(seat.group, cuts, partial, torch.device("cpu")))
     assert actual.keys() == expected.keys()
     found = {}
     for key, value in actual.items():
