@@ -74,9 +74,11 @@ def check(argv: list[str]) -> int:
     processes = 1
     if options and options[0].isdigit():
         processes, options = int(options[0]), options[1:]
+    if processes < 1:
+        raise InputError("longctx check: PROCESSES must be at least 1")
     settings = apply_overrides(load_settings(name), options, "longctx check")
     prepared = prepare(settings, processes)
-    start = prepared.resumed or "the beginning"
+    start = prepared.resumed or prepared.initial or "the beginning"
     sys.stdout.write(f"{processes} processes, {prepared.split}; starts from {start}\n")
     return 0
 

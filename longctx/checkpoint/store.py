@@ -73,6 +73,14 @@ class Store(Protocol):
         ...
 
 
+def plain_text(path: Path) -> str:
+    """What is in a file; nothing if there is none."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
 def open_store(folder: Address) -> Store:
     """The store of a folder or URL."""
     if is_remote(folder):
@@ -164,8 +172,11 @@ class LocalStore:
             raise
         sync_path(self.folder)
         shutil.rmtree(replaced, ignore_errors=True)
+        self._point_to(final.name)
+
+    def _point_to(self, name: str) -> None:
         pointer = self.folder / f".partial-{LATEST_FILE}"
-        pointer.write_text(f"{final.name}\n")
+        pointer.write_text(f"{name}\n")
         sync_path(pointer)
         pointer.replace(self.folder / LATEST_FILE)
         sync_path(self.folder)
@@ -183,11 +194,16 @@ class LocalStore:
 
     def sweep(self) -> None:
         """Clears away what interrupted saves and removals left."""
-        complete = set(self.steps().values())
+        steps = self.steps()
+        complete = set(steps.values())
         for pattern in (".partial-step-*", ".replaced-step-*", ".removed-step-*"):
             for path in self.folder.glob(pattern):
                 if path not in complete:
                     shutil.rmtree(path, ignore_errors=True)
+        newest, partial = f"step-{max(steps, default=0)}", self.folder / f".partial-{LATEST_FILE}"
+        is_told = plain_text(self.folder / LATEST_FILE) == f"{newest}\n"
+        if steps and (partial.exists() or not is_told):
+            self._point_to(newest)  # a kill came between a checkpoint's name and word of it
 
     def read(self, address: Address, name: str) -> bytes:
         """One file of a checkpoint."""

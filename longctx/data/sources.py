@@ -4,6 +4,7 @@ import glob
 import hashlib
 import math
 import os
+import re
 import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -99,10 +100,14 @@ class DataConfig:
 
 
 def _range_of_steps(text: str) -> range:
-    first, _, last = text.partition("-")
-    if not (first.isdecimal() and (last or first).isdecimal() and int(first) <= int(last or first)):
-        raise InputError(f"data.skip_steps: {text!r} is neither a step nor a range such as 120-140")
-    return range(int(first), int(last or first) + 1)
+    found = re.fullmatch(r"([1-9][0-9]*)(?:-([1-9][0-9]*))?", text)
+    first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+    if first > last:
+        raise InputError(
+            f"data.skip_steps: {text!r} is neither a step nor a range such as 120-140 (on the "
+            "command line: --data.skip_steps 120-140 200)"
+        )
+    return range(first, last + 1)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ class MemoryConfig:
     the rest is computed again; with keep also (out, log-sum-exp) of softmax cores, incoming states
     of linear and delta layers and small results of exchanges, so that these are not repeated."""
     layers: dict[str, Checkpointing] = field(default_factory=dict)
-    """The same for letters of model.pattern that differ."""
+    """The same for letters of model.pattern that differ; only in a config file."""
     activations: Literal["device", "cpu"] = "device"
     """Where inputs of checkpointed layers wait until they are needed; cpu takes them off a GPU."""
     optimizer: Literal["device", "cpu", "nvme"] = "device"

@@ -28,48 +28,63 @@ OUTSIDE_LAYERS = -1
 def settle_engine(settings: Settings, split: Split) -> Split:
     """The split with the engine that it needs; InputError if that, or what it asks for, is not
     there."""
-    memory, config = settings.memory, settings.train
+    _check_room(settings, split)
+    if settings.memory.weights == "cpu" and settings.parallel.engine == "fsdp2":
+        split = replace(split, engine="fsdp2")
+    _check_precision(settings, split)
+    if split.tp > 1:
+        _check_tp(settings, split)
+    if split.engine == "deepspeed":
+        check_installed()
+        _zero(settings, split)
+    else:
+        _check_places(settings, split)
+    return split
+
+
+def _check_room(settings: Settings, split: Split) -> None:
+    """Whether the host has the memory for what waits there between forward and backward."""
+    config = settings.train
     if config.resolve_device().type == "cuda":
         rows = config.micro_batch or config.batch_size // split.dp
         tokens, layers = rows * -(-config.seq_len // split.sp), settings.model.letters
-        needed = host_bytes_needed(memory, layers, settings.model.width, tokens)
+        needed = host_bytes_needed(settings.memory, layers, settings.model.width, tokens)
         check_host(needed * processes_here())
-    if memory.weights == "cpu" and settings.parallel.engine == "fsdp2":
-        split = replace(split, engine="fsdp2")
+
+
+def _check_precision(settings: Settings, split: Split) -> None:
+    config = settings.train
     precision = config.resolve_precision(config.resolve_device())
     if settings.parallel.weights == "bf16" and precision != "bf16":
         raise InputError(
             f"parallel.weights = 'bf16' with train.precision = {precision!r}: set precision to "
             "'bf16', or weights to 'fp32'"
         )
-    if split.tp > 1:
-        _check_tp(settings, split)
-    if split.engine == "deepspeed":
-        check_installed()
-        _zero(settings, split)
-        if settings.train.precision == "fp64":
-            raise InputError(
-                "train.precision = 'fp64': engine 'deepspeed' adds up in fp32; choose 'fp32' or "
-                "'bf16', or another engine"
-            )
-        return split
+    if split.engine == "deepspeed" and precision == "fp64":
+        raise InputError(
+            "train.precision = 'fp64': engine 'deepspeed' adds up in fp32; choose 'fp32' or "
+            "'bf16', or another engine"
+        )
+
+
+def _check_places(settings: Settings, split: Split) -> None:
+    memory = settings.memory
     for name in ("optimizer", "weights"):
         if getattr(memory, name) == "nvme":
             raise InputError(
                 f"memory.{name} = 'nvme': only parallel.engine 'deepspeed' uses NVMe; choose "
                 "'cpu', or that engine"
             )
+        if getattr(memory, name) != "device" and split.engine == "none":
+            raise InputError(
+                f"memory.{name} = {getattr(memory, name)!r}: parallel.engine 'none' keeps all on "
+                "the device; choose 'fsdp2', with memory.optimizer and memory.weights alike"
+            )
     if memory.optimizer != memory.weights:
         raise InputError(
             f"memory.optimizer = {memory.optimizer!r}, memory.weights = {memory.weights!r}: "
             "engine 'fsdp2' keeps both in the same place; set them alike, or take 'deepspeed'"
         )
-    if memory.weights != "device" and split.engine == "none":
-        raise InputError(
-            f"memory.weights = {memory.weights!r}: parallel.engine 'none' keeps all on the "
-            "device; choose 'fsdp2'"
-        )
-    return split
 
 
 def _check_tp(settings: Settings, split: Split) -> None:

@@ -111,7 +111,8 @@ class Guard:
             good = self._last_good() or "none"
             raise OutsideError(
                 f"step {step}: {reason}; that is step {self._in_a_row} in a row "
-                f"(faults.max_skipped); last good checkpoint: {good}. Go on from it with "
-                "a lower optim.lr, or with these steps in data.skip_steps"
+                f"(faults.max_skipped); last good checkpoint: {good}. Run again with "
+                "these steps in data.skip_steps, or start another run with a lower optim.lr and "
+                "that checkpoint as run.init_from"
             )
         return Verdict(False, reason)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from longctx.checkpoint import Address
+from longctx.checkpoint import Address, resolve
 from longctx.data import Loaders, build_loaders
 from longctx.errors import InputError
 from longctx.parallel import Split
@@ -22,6 +22,9 @@ class Prepared(NamedTuple):
     split: Split
     loaders: Loaders
     resumed: Address | None
+    """The checkpoint that the run goes on from."""
+    initial: Address | None
+    """The one whose weights a new run starts from."""
 
 
 def prepare(settings: Settings, processes: int) -> Prepared:
@@ -40,7 +43,10 @@ def prepare(settings: Settings, processes: int) -> Prepared:
         )
     split = settle_engine(settings, split)
     loaders = build_loaders(settings.data, config.seq_len, config.batch_size, settings.run.seed)
-    return Prepared(device, split, loaders, open_run(settings, loaders.fingerprint))
+    resumed, initial = open_run(settings, loaders.fingerprint), None
+    if settings.run.init_from and not resumed:
+        initial = resolve(settings.run.init_from)
+    return Prepared(device, split, loaders, resumed, initial)
 
 
 def _check_backends(settings: Settings, device: torch.device) -> None:

@@ -1,6 +1,8 @@
 """Opens a run directory: a new one, or the same run again."""
 
 import json
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from longctx.checkpoint import Address, latest, read_state, sync_path
@@ -17,7 +19,10 @@ def open_run(settings: Settings, fingerprint: str) -> Address | None:
 
     `fingerprint` is that of the data, which must not have changed since the checkpoint.
     """
-    before, resumed = _run_before(settings), latest(settings.checkpoints)
+    folder = settings.checkpoints
+    if isinstance(folder, Path) and folder.exists() and not folder.is_dir():
+        raise InputError(f"checkpoint.dir = '{folder}': is a file; choose another checkpoint.dir")
+    before, resumed = _run_before(settings), latest(folder)
     if before is None and resumed:
         raise InputError(
             f"checkpoint.dir = '{settings.checkpoints}': holds checkpoints of another run; "
@@ -46,7 +51,7 @@ def finished(settings: Settings) -> dict[str, Any] | None:
 
 
 def write_config(settings: Settings) -> None:
-    """Writes the resolved config into the run directory."""
+    """Writes the resolved config into the run directory, and tries the folder of checkpoints."""
     folder = settings.run.path
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -57,6 +62,21 @@ def write_config(settings: Settings) -> None:
     except OSError as error:
         raise OutsideError(
             f"run.dir = '{folder}': cannot write: {error.strerror}; choose another run.dir"
+        ) from error
+    _try_to_write(settings.checkpoints)
+
+
+def _try_to_write(folder: Address) -> None:
+    """Raises OutsideError before a run that could not save; a URL is believed."""
+    if not isinstance(folder, Path):
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OutsideError(
+            f"checkpoint.dir = '{folder}': cannot write: {error.strerror}; choose another "
+            "checkpoint.dir"
         ) from error
 
 

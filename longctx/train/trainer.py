@@ -18,11 +18,10 @@ from longctx.checkpoint import (
     load_random,
     open_checkpoint,
     random_boxes,
-    resolve,
 )
 from longctx.config import to_dict
 from longctx.data import Loader, Loaders
-from longctx.errors import OutsideError
+from longctx.errors import InputError, OutsideError
 from longctx.model.decoder import Losses
 from longctx.parallel import Mesh, world_size
 from longctx.parallel.variables import record_exchanges
@@ -55,7 +54,7 @@ def train(settings: Settings, stop: StopRequest | None = None) -> str:
     if stop is None:
         with StopRequest() as stop:
             return train(settings, stop)
-    device, split, loaders, resumed = prepare(settings, world_size())
+    device, split, loaders, resumed, initial = prepare(settings, world_size())
     record_exchanges()
     torch.manual_seed(settings.run.seed)
     if settings.train.deterministic:
@@ -64,11 +63,11 @@ def train(settings: Settings, stop: StopRequest | None = None) -> str:
         keep_freed_memory()
     mesh = Mesh(split, device, settings.parallel.timeout_seconds)
     trainer = Trainer(settings, loaders, mesh, stop)
-    trainer.agree_on(resumed)
+    trainer.agree_on(resumed or initial)
     if resumed:
         trainer.load(resumed)
-    elif settings.run.init_from:
-        trainer.load_weights(resolve(settings.run.init_from))
+    elif initial:
+        trainer.load_weights(initial)
     if mesh.rank == 0:
         write_config(settings)
     with naming_nondeterminism():
@@ -275,14 +274,14 @@ class Trainer:
         boxes = self.engine.boxes() + random_boxes(self.mesh.rank)
         self.checkpoints.save(progress.step, boxes, state)
 
-    def agree_on(self, resumed: Address | None) -> None:
-        """Raises OutsideError unless all processes found the same newest checkpoint."""
-        found = self.crew.gather(str(resumed).encode()) if self.crew else []
+    def agree_on(self, start: Address | None) -> None:
+        """Raises OutsideError unless all processes found the same checkpoint to start from."""
+        found = self.crew.gather(str(start).encode()) if self.crew else []
         if len(set(found)) > 1:
             names = ", ".join(sorted({name.decode() for name in found}))
             raise OutsideError(
-                f"rank {self.mesh.rank}: processes see different newest checkpoints ({names}): "
-                "wait until all hosts see the same folder, and start again"
+                f"rank {self.mesh.rank}: processes see different checkpoints to start from "
+                f"({names}): wait until all hosts see the same folder, and start again"
             )
 
     def load(self, path: Address) -> None:
@@ -291,8 +290,13 @@ class Trainer:
             self._load(checkpoint, weights_only=False)
             load_random(checkpoint, self.mesh.rank)
             state = checkpoint.state
-        self.progress = Progress(state["step"], state["tokens"], state["seconds"])
-        self.guard.load(state["guard"])
+        try:
+            self.progress = Progress(state["step"], state["tokens"], state["seconds"])
+            self.guard.load(state["guard"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{path}/state.json: lacks {error}; it is not of this version of longctx"
+            ) from error
 
     def load_weights(self, path: Address) -> None:
         """Starts from the weights of another run."""

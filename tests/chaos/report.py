@@ -46,7 +46,7 @@ def report(cases: Sequence[Case], command: str, seconds: float) -> str:
         "- no process is left 5 seconds after the launcher ended;",
         "- `metrics.jsonl` holds each step once, in order, with the loss and gradient norm of the",
         "  uninterrupted run, bit for bit, also those computed again;",
-        "- `longctx check` can load the newest checkpoint, and the run is resumed from it;",
+        "- `longctx check` names the newest checkpoint, and the run is resumed from it;",
         f"- no more steps are computed again than {EVERY}, or {2 * EVERY} with a save under way.",
         "",
         "A finished run must have the uninterrupted run's validation loss, bit for bit, and",

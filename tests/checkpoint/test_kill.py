@@ -117,3 +117,13 @@ def test_a_process_that_ends_during_a_save_leaves_the_last_good_one(tmp_path):
 
     assert os.waitpid(fork(work), 0)[1] == 0
     check(tmp_path, {1})
+
+
+def test_the_pointer_to_the_newest_is_mended(tmp_path):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    (tmp_path / "latest").write_text("step-1\n")
+    (tmp_path / ".partial-latest").write_text("step-2\n")
+    Checkpoints(tmp_path, CheckpointConfig())
+    assert (tmp_path / "latest").read_text() == "step-2\n"
+    assert not (tmp_path / ".partial-latest").exists()
