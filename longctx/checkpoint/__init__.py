@@ -10,7 +10,6 @@ from longctx.checkpoint.contents import (
     check_model,
     load_model,
     load_random,
-    model_tensors,
     random_boxes,
 )
 from longctx.checkpoint.crew import Crew, Solo
@@ -18,7 +17,7 @@ from longctx.checkpoint.finding import latest, resolve
 from longctx.checkpoint.reading import Checkpoint, open_checkpoint, read_state
 from longctx.checkpoint.saving import Checkpoints
 from longctx.checkpoint.store import sync_path
-from longctx.parallel.box import Box
+from longctx.parallel.box import Box, model_tensors
 
 __all__ = [
     "Address",

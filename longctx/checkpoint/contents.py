@@ -4,23 +4,15 @@ Tensors are called `model/NAME`, `optimizer/PARAMETER/KEY` and `random/RANK/cpu`
 """
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from longctx.checkpoint.boxes import whole
 from longctx.checkpoint.reading import Checkpoint
 from longctx.errors import InputError
-from longctx.parallel.box import Box
+from longctx.parallel.box import Box, model_tensors
 
 MODEL = "model/"
 HINT = "the checkpoint is of another model: use the [model] table it was trained with"
-
-
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers under the first of their names."""
-    tensors: dict[int, tuple[str, Tensor]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        tensors.setdefault(id(tensor), (name, tensor))
-    return {name: tensor.detach() for name, tensor in tensors.values()}
 
 
 def random_boxes(rank: int) -> list[Box]:

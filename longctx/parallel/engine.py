@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from longctx.errors import InputError
-from longctx.parallel.box import Box
+from longctx.parallel.box import Box, model_tensors
 from longctx.parallel.mesh import Mesh
 from longctx.parallel.shares import Cut
 from longctx.parallel.tensor_parallel import TensorSplit
@@ -101,8 +101,10 @@ class TorchEngine(Engine):
         self.model, self.optimizer, self.mesh, self.split = model, optimizer, mesh, split
         self._clip_norm = clip_norm or math.inf
         self._norm = torch.zeros(())
-        parts = [self.part(name, p.detach()) for name, p in model.named_parameters()]
-        self._update_norm = UpdateNorm([p.local for p in parts], [1 / p.copies for p in parts])
+        parts = {name: self.part(name, p.detach()) for name, p in model.named_parameters()}
+        self._shares = {name: 1 / part.copies for name, part in parts.items()}
+        own = [part.local for part in parts.values()]
+        self._update_norm = UpdateNorm(own, list(self._shares.values()))
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -144,12 +146,10 @@ class TorchEngine(Engine):
         """How many of those hold the same, and which of them this process is."""
 
     def _measure(self) -> Tensor:
-        squares = [
-            x.square().sum(dtype=_wide(x)) / self.part(name, gradient).copies
-            for name, gradient in self._gradients()
-            if (x := self._local(gradient)).numel()
-        ]
-        return self._total(torch.stack(squares).sum(), "gradient norm").sqrt()
+        named = [(name, self._local(gradient)) for name, gradient in self._gradients()]
+        norms = torch.stack(torch._foreach_norm([x for _, x in named]))
+        shares = norms.new_tensor([self._shares[name] for name, _ in named])
+        return self._total((norms.square() * shares).sum(), "gradient norm").sqrt()
 
     def _total(self, square: Tensor, name: str) -> Tensor:
         """Sum over processes, of which the copies of a part have counted a share each."""
@@ -169,10 +169,7 @@ class TorchEngine(Engine):
         return Part(cut.shape, local, cut.blocks(offsets, local), copies, copy)
 
     def weights(self) -> dict[str, Part]:
-        found: dict[int, tuple[str, Tensor]] = {}
-        for name, tensor in self.model.state_dict(keep_vars=True).items():
-            found.setdefault(id(tensor), (name, tensor))
-        return {name: self.part(name, tensor.detach()) for name, tensor in found.values()}
+        return {name: self.part(name, tensor) for name, tensor in model_tensors(self.model).items()}
 
     def boxes(self) -> list[Box]:
         parts = {f"model/{name}": part for name, part in self.weights().items()}
@@ -221,10 +218,6 @@ def state_keys(names: Iterable[str]) -> dict[str, list[str]]:
             parameter, _, key = name.removeprefix("optimizer/").rpartition("/")
             keys.setdefault(parameter, []).append(key)
     return keys
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 class Replicated(TorchEngine):

@@ -14,13 +14,12 @@ from longctx.parallel.crew import GlooCrew
 from longctx.parallel.megatron import TensorGroup, drop_tensor_groups, make_tensor_group
 from longctx.parallel.rendezvous import join
 from longctx.sequence.c10d import ProcessGroup
-from longctx.sequence.ledger import Label, Ledger
+from longctx.sequence.ledger import OUTSIDE_LAYERS, Label, Ledger
 from longctx.sequence.local import LocalView
 from longctx.sequence.plan import Documents, Plan
 from longctx.sequence.sharded import Links, ShardedView
 from longctx.sequence.view import SequenceView
 
-OUTSIDE_LAYERS = -1
 SECONDS_TO_WRITE = 3600
 """How long processes wait for the slowest of them to write its part of a checkpoint."""
 

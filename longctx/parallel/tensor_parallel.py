@@ -20,8 +20,8 @@ from longctx.mixers import Mixer, MixerConfig, Place
 from longctx.mixers.base import Mixed, RMSNorm
 from longctx.parallel.megatron import TensorGroup
 from longctx.parallel.shares import Cut, cut_to, share
-from longctx.parallel.vocabulary import OUTSIDE_LAYERS, SharedEmbedding, SharedHead
-from longctx.sequence.ledger import Label
+from longctx.parallel.vocabulary import SharedEmbedding, SharedHead
+from longctx.sequence.ledger import OUTSIDE_LAYERS, Label
 
 PARTIAL = Label(OUTSIDE_LAYERS, "partial gradients")
 

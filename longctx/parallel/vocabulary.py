@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from longctx.parallel.megatron import TensorGroup
-from longctx.sequence.ledger import Label
+from longctx.sequence.ledger import OUTSIDE_LAYERS, Label
 
 IGNORE = -100
 CHUNK_ELEMENTS = 1 << 24
-OUTSIDE_LAYERS = -1
 EMBEDDING = Label(OUTSIDE_LAYERS, "shared embedding")
 HEAD = Label(OUTSIDE_LAYERS, "shared head")
 LOSS = Label(OUTSIDE_LAYERS, "shared loss")

@@ -4,6 +4,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+OUTSIDE_LAYERS = -1
+"""Stands for a layer in labels of what no layer asks for."""
+
 
 class Label(NamedTuple):
     """Who asks for an exchange."""
@@ -17,7 +20,7 @@ class Label(NamedTuple):
         return self._replace(backward=True)
 
     def __str__(self) -> str:
-        if self.layer < 0:
+        if self.layer == OUTSIDE_LAYERS:
             return self.verb
         direction = "backward" if self.backward else "forward"
         return f"{self.verb} of layer {self.layer} ({direction})"

@@ -19,10 +19,9 @@ from longctx.parallel.offload import check_state_on_host
 from longctx.parallel.shares import refuse_tp
 from longctx.parallel.tensor_parallel import TensorSplit, split_decoder
 from longctx.parallel.zero import Zero, check_installed
+from longctx.sequence.ledger import OUTSIDE_LAYERS
 from longctx.train.optim import build_optimizer
 from longctx.train.settings import Settings
-
-OUTSIDE_LAYERS = -1
 
 
 def settle_engine(settings: Settings, split: Split) -> Split:

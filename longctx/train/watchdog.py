@@ -18,6 +18,7 @@ from longctx.parallel import Mesh
 from longctx.parallel.flight import Board, recorded_exchanges
 from longctx.train.culprits import Note, verdict
 from longctx.train.guard import FaultsConfig
+from longctx.train.metrics import LOG_FILE
 from longctx.train.signals import StopRequest
 
 FEWEST = 5
@@ -27,7 +28,6 @@ LINGER_SECONDS = 1.0
 """How long the first process stays after its report: it may hold what the others still read."""
 REPORT_SECONDS = 30.0
 """A report that takes longer, on a disk that hangs for example, is given up."""
-LOG_FILE = "log.txt"
 UNHURRIED = ("checkpoint", "last checkpoint")
 """Phases that wait for a disk, which checkpoints have a limit of their own for."""
 WAITS = {
