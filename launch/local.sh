@@ -48,6 +48,7 @@ pass_on() {
     kill -s "$1" "${ranks[@]}" 2> /dev/null || true
 }
 # A terminal sends Ctrl-C to all of them by itself. The first one stops the run as SIGTERM does.
+# shellcheck disable=SC2329
 interrupt() {
     interrupts=$((interrupts + 1))
     pass_on TERM

@@ -37,24 +37,35 @@ def train(argv: list[str]) -> int:
 
 
 def _train(settings: "Settings", stop: "StopRequest") -> int:
+    from longctx.checkpoint import latest
     from longctx.parallel.mesh import has_joined, is_first_here, world_size
+    from longctx.parallel.stopping import tell_launcher
     from longctx.train.mirror import is_stuck
     from longctx.train.trainer import train as run
 
     try:
-        code = STOPPED if run(settings, stop) else 0
+        code = 0
+        if run(settings, stop) and not tell_launcher(str(latest(settings.checkpoints))):
+            code = STOPPED
     except InputError as error:
         if not has_joined():
             raise
         if is_first_here():
-            sys.stderr.write(f"longctx: {error}\n")
+            _complain(error)
         code = 2
     except OutsideError as error:
-        sys.stderr.write(f"longctx: {error}\n")
+        _complain(error)
         code = 1
     if world_size() > 1 or is_stuck():
         _leave(code)
     return code
+
+
+def _complain(error: Exception) -> None:
+    """Says what is wrong, without the password of a URL."""
+    from longctx.train.redaction import redact
+
+    sys.stderr.write(f"longctx: {redact(str(error))}\n")
 
 
 def _leave(code: int) -> NoReturn:
@@ -119,11 +130,42 @@ def study(argv: list[str]) -> int:
     return STOPPED if stopped_by else int(bool(failed))
 
 
+def launch(argv: list[str]) -> int:
+    """slurm CONFIG... [--nodes N ...] [--dry-run] [-- --table.key value ...]: submit jobs"""
+    from longctx.launch.slurm import launch_slurm
+
+    scheduler, rest = _first_argument(argv, "launch", "a scheduler: slurm", default="slurm")
+    if scheduler != "slurm":
+        raise InputError(f"longctx launch {scheduler}: knows only slurm")
+    return launch_slurm(rest)
+
+
+def data(argv: list[str]) -> int:
+    """tokenize|inspect|stats|train-tokenizer [PATH] [--option value ...]: text to tokens"""
+    from longctx.data.commands import run
+
+    return run(argv)
+
+
+def report(argv: list[str]) -> int:
+    """RUN... [--output report.html]: one page of HTML about runs, to open in a browser"""
+    from longctx.config import apply_overrides
+    from longctx.report import ReportConfig, write_report
+
+    count = next((n for n, word in enumerate(argv) if word.startswith("-")), len(argv))
+    config = apply_overrides(ReportConfig(), argv[count:], "longctx report")
+    sys.stdout.write(write_report(argv[:count], config) + "\n")
+    return 0
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "check": check,
     "generate": generate,
     "study": study,
+    "report": report,
+    "data": data,
+    "launch": launch,
 }
 
 
@@ -162,10 +204,10 @@ def main(argv: list[str] | None = None) -> int:
         from longctx.parallel.mesh import is_first_here
 
         if is_first_here():
-            sys.stderr.write(f"longctx: {error}\n")
+            _complain(error)
         return 2
     except OutsideError as error:
-        sys.stderr.write(f"longctx: {error}\n")
+        _complain(error)
         return 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -43,7 +43,9 @@ def packages_below(folder: Path) -> set[str]:
 
 def test_the_list_of_packages_equals_the_folders_on_disk():
     kernels = packages_below(ROOT / "kernels" / "longctx_kernels")
-    on_disk = packages_below(ROOT / "longctx") | kernels | {"longctx.configs"}
+    on_disk = (
+        packages_below(ROOT / "longctx") | kernels | {"longctx.configs", "longctx.launch.scripts"}
+    )
     assert set(SETUPTOOLS["packages"]) == on_disk
     assert len(SETUPTOOLS["packages"]) == len(on_disk)
 

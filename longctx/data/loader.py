@@ -1,18 +1,15 @@
-"""Batches as a pure function of the step: nothing to save, nothing to skip on resume."""
+"""Batches as a pure function of the step: nothing to skip on resume."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from longctx.data.packing import PackedStream
-from longctx.data.sources import DataConfig, open_corpus, unigram_entropy
-from longctx.data.synthetic import GeneratedStream, answer_entropy
-from longctx.data.tokenizer import ByteTokenizer
-
-VALIDATION_SEED = 0
+from longctx.data.stores import Integers
+from longctx.data.streams import Stream
+from longctx.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -23,7 +20,7 @@ class Batch:
     labels_BT: torch.Tensor
     """The next token, or the answer of a task; IGNORE where there is none in the document."""
     documents: tuple[tuple[int, ...], ...]
-    """For every row where documents start in the whole sequence, rising from 0."""
+    """For every row where documents, or padding, start in the whole sequence, rising from 0."""
     sequence_ids: tuple[int, ...]
     """The place of each row in the stream, the same for any split of the work."""
 
@@ -31,9 +28,7 @@ class Batch:
 class Loader:
     """Reads sequences of a stream; without `document_reset` each sequence is one document."""
 
-    def __init__(
-        self, stream: PackedStream | GeneratedStream, batch_size: int, document_reset: bool
-    ) -> None:
+    def __init__(self, stream: Stream, batch_size: int, document_reset: bool) -> None:
         self._stream = stream
         self._batch_size = batch_size
         self._document_reset = document_reset
@@ -55,13 +50,19 @@ class Loader:
 
     def num_valid(self, ids: Sequence[int]) -> int:
         """Labels of whole sequences that count in the loss, known without reading them."""
-        if not self._document_reset:
-            return self._stream.seq_len * len(ids)
-        return sum(map(self._stream.num_labels, ids))
+        count = self._stream.num_labels if self._document_reset else self._stream.num_joined
+        return sum(map(count, ids))
 
-    def _row(
-        self, index: int, segments: Sequence[tuple[int, int]]
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def state(self, step: int) -> dict[str, Any]:
+        """What a resume needs to begin step `step`, from 0 on, at once; empty unless data are
+        streamed. JSON holds it."""
+        return self._stream.state(step * self._batch_size)
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes what `state` gave; without it a stream is read from its start."""
+        self._stream.load_state(state)
+
+    def _row(self, index: int, segments: Sequence[tuple[int, int]]) -> tuple[Integers, Integers]:
         parts = [self._stream.slice(index, start, stop) for start, stop in segments]
         if not self._document_reset:
             parts = [part.as_one_document() for part in parts]
@@ -83,36 +84,16 @@ class Loaders:
     train: Loader
     validation: Loader
     unigram_entropy: float
-    """Of the held-out text, in nats a byte, or of the answers of a task."""
+    """Of the held-out text, in nats a token, or of the answers of a task."""
     fingerprint: str
     """Of the whole corpus, or of a task's first sequences; a resumed run must find the same."""
     vocab_size: int
+    tokenizer: Tokenizer
 
+    def state(self, step: int) -> dict[str, Any]:
+        """What the loader of training needs to go on with step `step`; see `Loader.state`."""
+        return self.train.state(step)
 
-def build_loaders(config: DataConfig, seq_len: int, batch_size: int, seed: int) -> Loaders:
-    """Read `[data]`; validation order does not depend on `seed`, so runs can be compared."""
-    if config.task:
-        return _generated(config, seq_len, batch_size, seed)
-    corpus = open_corpus(config)
-    held_out = corpus.load("validation")
-    train = PackedStream(corpus.load("train"), seq_len, seed)
-    validation = PackedStream(held_out, seq_len, VALIDATION_SEED)
-    return Loaders(
-        train=Loader(train, batch_size, config.document_reset),
-        validation=Loader(validation, batch_size, config.document_reset),
-        unigram_entropy=unigram_entropy(held_out.tokens),
-        fingerprint=corpus.fingerprint(),
-        vocab_size=ByteTokenizer.vocab_size,
-    )
-
-
-def _generated(config: DataConfig, seq_len: int, batch_size: int, seed: int) -> Loaders:
-    train = GeneratedStream(config, seq_len, seed, "train")
-    validation = GeneratedStream(config, seq_len, VALIDATION_SEED, "validation")
-    return Loaders(
-        train=Loader(train, batch_size, document_reset=True),
-        validation=Loader(validation, batch_size, document_reset=True),
-        unigram_entropy=answer_entropy(config),
-        fingerprint=validation.fingerprint(),
-        vocab_size=config.vocabulary,
-    )
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Gives it back."""
+        self.train.load_state(state)

@@ -5,108 +5,110 @@ from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 
-from longctx.data.sources import DocumentTokens
+from longctx.data.config import DataConfig
+from longctx.data.stores import Ids, Integers, TokenStore
+from longctx.data.streams import IGNORE, PackedSequence, Stream, check_slice, shuffled
+from longctx.errors import InputError
 
-IGNORE = -100
+KEPT_EPOCHS = 4
 
 
-@dataclass(frozen=True)
-class PackedSequence:
-    """Part of a packed sequence; all arrays are as long as the part."""
-
-    tokens: npt.NDArray[np.int64]
-    labels: npt.NDArray[np.int64]
-    """The next token, or IGNORE where it belongs to another document."""
-    following: int
-    """The token after the last one, whatever its document."""
-
-    def as_one_document(self) -> "PackedSequence":
-        """The same tokens with document borders forgotten: no label is ignored."""
-        labels = np.append(self.tokens, self.following)[1:]
-        return PackedSequence(self.tokens, labels, self.following)
+def epoch_documents(store: TokenStore, config: DataConfig) -> Integers:
+    """The documents that an epoch of training holds, a long one as often as it is repeated."""
+    lengths = store.lengths
+    documents = np.flatnonzero(lengths >= config.shortest)
+    if not len(documents):
+        raise InputError(
+            f"data.shortest = {config.shortest} leaves out every document: the longest of "
+            f"{len(lengths):,} has {lengths.max():,} tokens; lower it"
+        )
+    if config.long_repeat == 1:
+        return documents
+    is_long = lengths[documents] >= config.long_from
+    if not is_long.any():
+        raise InputError(
+            f"data.long_from = {config.long_from}: no document is that long, the longest has "
+            f"{lengths.max():,} tokens; lower it, or leave data.long_repeat at 1"
+        )
+    return np.repeat(documents, np.where(is_long, config.long_repeat, 1))
 
 
 @dataclass(frozen=True)
 class EpochOrder:
     """One epoch: its documents in shuffled order, and where each starts (and the last ends)."""
 
-    documents: npt.NDArray[np.int64]
-    starts: npt.NDArray[np.int64]
+    documents: Integers
+    starts: Integers
 
 
-class PackedStream:
+class PackedStream(Stream):
     """An endless stream of shuffled documents, epoch after epoch, cut every `seq_len` tokens.
 
     Sequence n is the stream from n * seq_len on; it may span documents and epochs. The order of
     an epoch is keyed by (seed, epoch), so any sequence can be read at any time, by any process.
     """
 
-    def __init__(self, documents: DocumentTokens, seq_len: int, seed: int) -> None:
+    def __init__(
+        self, store: TokenStore, seq_len: int, seed: int, documents: Integers | None = None
+    ) -> None:
         self.seq_len = seq_len
-        self._tokens = documents.tokens
-        self._offsets = documents.offsets
-        self._seed = seed
-        self._order = lru_cache(maxsize=4)(self._shuffle)
-
-    def sequence(self, index: int) -> PackedSequence:
-        """The whole sequence number `index`."""
-        return self.slice(index, 0, self.seq_len)
+        self._store, self._seed = store, seed
+        self._documents = np.arange(len(store.lengths)) if documents is None else documents
+        self._epoch_len = int(store.lengths[self._documents].sum())
+        self._order = lru_cache(maxsize=KEPT_EPOCHS)(self._shuffle)
 
     def slice(self, index: int, start: int, stop: int) -> PackedSequence:
-        """Tokens `start` to `stop` of sequence `index`, without reading the rest of it."""
-        if not (index >= 0 and 0 <= start <= stop <= self.seq_len):
-            raise ValueError(f"no slice {start}:{stop} of sequence {index} of {self.seq_len}")
+        """Reads its tokens and the one that follows."""
+        check_slice(self, index, start, stop)
         origin = index * self.seq_len
         tokens, ordinals = self._read(origin + start, origin + stop + 1)
         labels = np.where(ordinals[1:] == ordinals[:-1], tokens[1:], IGNORE)
         return PackedSequence(tokens[:-1], labels, int(tokens[-1]))
 
     def num_labels(self, index: int) -> int:
-        """Labels of sequence `index` that are not IGNORE. No token is read."""
+        """All but the last token of each document."""
         return self.seq_len - len(self.document_starts(index)) + 1
 
     def document_starts(self, index: int) -> tuple[int, ...]:
-        """Where documents start in sequence `index`: 0, places inside, and `seq_len` if the next
-        sequence begins with a new one. No token is read."""
+        """Found in the order of its epochs."""
         origin, end = index * self.seq_len, (index + 1) * self.seq_len
-        epoch_len = len(self._tokens)
         starts = {0}
-        for epoch in range(origin // epoch_len, end // epoch_len + 1):
-            borders = self._order(epoch).starts + epoch * epoch_len
-            low, high = np.searchsorted(borders, (origin, end), side="right")
-            starts.update((borders[low:high] - origin).tolist())
+        for epoch in range(origin // self._epoch_len, end // self._epoch_len + 1):
+            borders, shift = self._order(epoch).starts, origin - epoch * self._epoch_len
+            low, high = np.searchsorted(borders, (shift, shift + self.seq_len), side="right")
+            starts.update((borders[low:high] - shift).tolist())
         return tuple(sorted(starts))
 
     def _shuffle(self, epoch: int) -> EpochOrder:
-        # Raw Philox words keep their value across numpy versions; Generator.permutation may not.
-        key = np.array([self._seed % 2**64, epoch], dtype=np.uint64)
-        draws = np.random.Philox(key=key).random_raw(len(self._offsets) - 1)
-        documents = np.argsort(draws, kind="stable")
-        lengths = np.diff(self._offsets)[documents]
-        return EpochOrder(documents, np.concatenate(([0], np.cumsum(lengths))))
+        documents = self._documents[shuffled(self._seed, epoch, len(self._documents))]
+        starts = np.zeros(len(documents) + 1, dtype=np.int64)
+        np.cumsum(self._store.lengths[documents], out=starts[1:])
+        return EpochOrder(documents, starts)
 
-    def _read(self, start: int, stop: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def _read(self, start: int, stop: int) -> tuple[Integers, Integers]:
         """Tokens of a range of the stream and the ordinal of each one's document."""
-        epoch_len = len(self._tokens)
+        epoch_len = self._epoch_len
         borders = range((start // epoch_len + 1) * epoch_len, stop, epoch_len)
-        parts = [self._read_epoch(*part) for part in pairwise([start, *borders, stop])]
-        tokens, ordinals = zip(*parts, strict=True)
-        return np.concatenate(tokens).astype(np.int64), np.concatenate(ordinals)
+        tokens: list[Ids] = []
+        ordinals: list[int] = []
+        for low, high in pairwise([start, *borders, stop]):
+            self._read_epoch(low, high, tokens, ordinals)
+        counts = [len(part) for part in tokens]
+        return np.concatenate(tokens).astype(np.int64), np.repeat(ordinals, counts)
 
-    def _read_epoch(
-        self, start: int, stop: int
-    ) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.int64]]:
-        """As `_read`, for a range that lies in one epoch."""
-        epoch, low = divmod(start, len(self._tokens))
+    def _read_epoch(self, start: int, stop: int, tokens: list[Ids], ordinals: list[int]) -> None:
+        """As `_read`, for a range that lies in one epoch; appends to the lists."""
+        epoch, low = divmod(start, self._epoch_len)
         high = low + stop - start
         order = self._order(epoch)
-        first = np.searchsorted(order.starts, low, side="right") - 1
-        last = np.searchsorted(order.starts, high, side="left")
-        borders = np.clip(order.starts[first : last + 1], low, high)
-        counts = borders[1:] - borders[:-1]
-        shifts = self._offsets[order.documents[first:last]] - order.starts[first:last]
-        index = np.arange(low, high) + np.repeat(shifts, counts)
-        ordinals = np.repeat(epoch * (len(self._offsets) - 1) + np.arange(first, last), counts)
-        return self._tokens[index], ordinals
+        first = int(np.searchsorted(order.starts, low, side="right")) - 1
+        last = int(np.searchsorted(order.starts, high, side="left"))
+        documents = order.documents[first:last].tolist()
+        borders = order.starts[first : last + 1].tolist()
+        for place, document in enumerate(documents):
+            origin, end = borders[place], borders[place + 1]
+            tokens.append(
+                self._store.read(document, max(low, origin) - origin, min(high, end) - origin)
+            )
+            ordinals.append(epoch * len(self._documents) + first + place)

@@ -1,262 +1,158 @@
-"""Where the data come from: files become documents, documents are held out by name."""
+"""Where data come from: any format becomes documents of token ids, some of them held out."""
 
-import glob
 import hashlib
-import math
 import os
-import re
-import sysconfig
-from collections.abc import Iterable
-from dataclasses import dataclass
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from longctx.data.tokenizer import NUM_BYTES, ByteTokenizer
-from longctx.errors import InputError, OutsideError
+from longctx.data.arrow import holds_ids, open_ids
+from longctx.data.config import DataConfig, SourceConfig
+from longctx.data.files import settled
+from longctx.data.stores import MemoryStore, Splits, TokenStore, hold_out, id_type
+from longctx.data.texts import Text, open_texts, residue
+from longctx.data.tokenizer import Tokenizer, open_tokenizer
+from longctx.errors import InputError
 
-Split = Literal["train", "validation"]
-
-MAX_EMBEDDED_BYTES = 2_000_000
-FOREIGN_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
-GLOB_CHARACTERS = "*?["
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """The `[data]` table."""
-
-    path: str = ""
-    """Text file, folder or glob, one document a file; empty uses the Python standard library's
-    sources."""
-    validation_percent: int = 5
-    """Share of the files, or of a task's sequences, held out, chosen by a hash of the relative name
-    or the tokens; 1 to 50."""
-    document_reset: bool = True
-    """State, attention and positions restart at each document; false treats a packed sequence as
-    one document."""
-    task: Literal["", "mqar", "needle", "selective_copying"] = ""
-    """Generate sequences instead of reading text: mqar asks for values of keys told first, needle
-    at the end for values of keys hidden anywhere, selective_copying for letters between noise. Each
-    sequence is one document; only answers count in the loss."""
-    pairs: int = 8
-    """Keys, with a value each, that a sequence of mqar or needle tells."""
-    answers: int = 8
-    """Answers that a sequence of a task asks for: different keys, or letters to copy."""
-    vocabulary: int = 64
-    """Different tokens of a task: half keys and half values, a third each of keys, values and hay,
-    or noise, marker and letters."""
-    skip_steps: tuple[str, ...] = ()
-    """Steps whose batches are not trained on, such as 120-140; their numbers and learning rates
-    pass."""
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.validation_percent <= 50:
-            raise InputError(
-                f"data.validation_percent = {self.validation_percent}: choose 1 to 50 percent"
-            )
-        for text in self.skip_steps:
-            _range_of_steps(text)
-        if self.task:
-            self._check_task()
-
-    def skips(self, step: int) -> bool:
-        """Whether the batch of a step, which counts from 1, is not trained on."""
-        return any(step in _range_of_steps(text) for text in self.skip_steps)
-
-    def _check_task(self) -> None:
-        task, pairs, answers = self.task, self.pairs, self.answers
-        if self.path:
-            raise InputError(
-                f"data.path = {self.path!r} and data.task = {task!r}: a task generates its own "
-                "data; leave one of them empty"
-            )
-        if answers < 1:
-            raise InputError(f"data.answers = {answers}: must be at least 1")
-        if task != "selective_copying" and answers > pairs:
-            raise InputError(
-                f"data.answers = {answers} asks for more keys than data.pairs = {pairs}; "
-                "lower answers or raise pairs"
-            )
-        least = {"mqar": 2 * pairs + 2, "needle": 3 * pairs, "selective_copying": 4}[task]
-        if self.vocabulary < least:
-            raise InputError(
-                f"data.vocabulary = {self.vocabulary}: {task} needs at least {least}"
-                + (f" for data.pairs = {pairs}" if least != 4 else "")
-            )
-
-    def check_length(self, seq_len: int) -> None:
-        """Raises InputError if sequences are too short for the task."""
-        is_copying = self.task == "selective_copying"
-        told = self.answers if is_copying else 2 * self.pairs
-        if self.task and told + self.answers > seq_len:
-            pairs = "" if is_copying else f"data.pairs = {self.pairs} and "
-            raise InputError(
-                f"train.seq_len = {seq_len} is too short for {pairs}data.answers = "
-                f"{self.answers}: {self.task} needs {told + self.answers} tokens"
-            )
+MAX_TEXT_BYTES = 2 * 2**30
+"""As much text is tokenized in memory at the start."""
 
 
-def _range_of_steps(text: str) -> range:
-    found = re.fullmatch(r"([1-9][0-9]*)(?:-([1-9][0-9]*))?", text)
-    first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
-    if first > last:
-        raise InputError(
-            f"data.skip_steps: {text!r} is neither a step nor a range such as 120-140 (on the "
-            "command line: --data.skip_steps 120-140 200)"
-        )
-    return range(first, last + 1)
+def open_source(source: SourceConfig, data: DataConfig, verify: bool) -> Splits:
+    """What a source trains on, and what is held out of it or is at `data.validation_path`.
 
-
-@dataclass(frozen=True)
-class Document:
-    """One non-empty file; `name` is its posix path relative to the corpus, the same anywhere."""
-
-    name: str
-    path: Path
-    size: int
-
-
-@dataclass(frozen=True)
-class DocumentTokens:
-    """Documents end to end: document d is `tokens[offsets[d]:offsets[d + 1]]`."""
-
-    tokens: npt.NDArray[np.uint16]
-    offsets: npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """The documents of a source, in the order of their names, and what is held out.
-
-    A file is held out if the sha256 of its name, modulo 100, is below `validation_percent`. If
-    that leaves validation (train) empty, the file with the smallest (largest) residue moves
-    there. A corpus of one file is cut by position: its last `validation_percent` of bytes, at
-    least one, are the validation document.
+    Documents are held out by their residue. A text that is alone is cut by position: its last
+    `data.validation_percent` of bytes, at least one, are the validation document.
     """
+    if data.validation_path:
+        held_out = replace(source, path=data.validation_path)
+        return Splits(open_store(source, data, verify), open_store(held_out, data, verify))
+    source = settled(source)
+    if _holds_text(source):
+        batches = _batches(source)
+        start = list(islice(batches, 2))
+        tokenizer = source_tokenizer(source, data)
+        if len(start) == len(start[0]) == 1:
+            return _cut(start[0][0], tokenizer, data.validation_percent)
+        store: TokenStore = _tokenize(chain(start, batches), tokenizer)
+    else:
+        store = open_store(source, data, verify)
+    return hold_out(store, data.validation_percent)
 
-    documents: tuple[Document, ...]
-    validation_percent: int
 
-    def load(self, split: Split) -> DocumentTokens:
-        """Read and tokenize one split; all of it is held in memory, two bytes a token."""
-        if len(self.documents) == 1:
-            texts = [self._cut(_read(self.documents[0]), split)]
-        else:
-            texts = [_read(document) for document in self.select(split)]
-        tokenizer = ByteTokenizer()
-        pieces = [tokenizer.encode(text) for text in texts]
-        offsets = np.zeros(len(pieces) + 1, dtype=np.int64)
-        np.cumsum([len(piece) for piece in pieces], out=offsets[1:])
-        return DocumentTokens(np.concatenate(pieces), offsets)
+def open_store(source: SourceConfig, data: DataConfig, verify: bool) -> TokenStore:
+    """All documents of a source; `verify` reads all of them before."""
+    source = settled(source)
+    if source.format == "tokens":
+        return _open_tokens(source, data, verify)
+    tokenizer = source_tokenizer(source, data)
+    if source.format == "megatron":
+        from longctx.data.indexed import IndexedStore
 
-    def select(self, split: Split) -> tuple[Document, ...]:
-        """The documents of one split of a corpus of several files."""
-        order = sorted(self.documents, key=lambda document: (_residue(document), document.name))
-        held_out = sum(_residue(document) < self.validation_percent for document in order)
-        held_out = min(max(held_out, 1), len(order) - 1)
-        chosen = order[:held_out] if split == "validation" else order[held_out:]
-        return tuple(sorted(chosen, key=lambda document: document.name))
+        return IndexedStore(source.path, tokenizer, verify)
+    if holds_ids(source):
+        return open_ids(source, tokenizer, verify)
+    return _tokenize(_batches(source), tokenizer)
+
+
+def source_tokenizer(source: SourceConfig, data: DataConfig) -> Tokenizer:
+    """What stands behind the ids of a source: `data.tokenizer`, or else the one that a folder of
+    tokens brings, or bytes for text."""
+    source = settled(source)
+    if data.tokenizer or _holds_text(source):
+        return open_tokenizer(data.tokenizer)
+    if source.format == "tokens":
+        from longctx.data.folder import TokenFolder
+
+        folder = TokenFolder(Path(source.path).expanduser(), verify=False)
+        return open_tokenizer(folder.tokenizer_spec or folder.tokenizer)
+    raise InputError(
+        f"data.path = {source.path!r}: nobody knows what made these ids; set data.tokenizer, or "
+        "ids:N for N different ids"
+    )
+
+
+def _holds_text(source: SourceConfig) -> bool:
+    return source.format not in ("tokens", "megatron") and not holds_ids(source)
+
+
+def _open_tokens(source: SourceConfig, data: DataConfig, verify: bool) -> TokenStore:
+    from longctx.data.folder import TokenFolder
+
+    folder = TokenFolder(Path(source.path).expanduser(), verify)
+    if data.tokenizer and open_tokenizer(data.tokenizer).fingerprint != folder.tokenizer:
+        raise InputError(
+            f"data.tokenizer = {data.tokenizer!r}: another one made the ids of {source.path}; "
+            "leave it empty to use that"
+        )
+    return folder
+
+
+def _batches(source: SourceConfig) -> Iterator[list[Text]]:
+    """Documents in portions; no portion is empty."""
+    texts = open_texts(source)
+    size, expected = 0, sum(part.size for part in texts.parts)
+    for part in texts.parts:
+        if max(size, expected) > MAX_TEXT_BYTES:
+            raise InputError(
+                f"data.path = {source.path!r}: more than 2 GiB of text; run longctx data tokenize "
+                "first, and train on the folder that it writes"
+            )
+        if batch := list(texts.read(part)):
+            size += sum(len(text.content) for text in batch)
+            yield batch
+    if size < 2:
+        raise InputError(f"data.path = {source.path!r}: needs 2 bytes of text; choose other files")
+
+
+def _cut(text: Text, tokenizer: Tokenizer, percent: int) -> Splits:
+    held_out = max(1, len(text.content) * percent // 100)
+    whole = _Contents(tokenizer)
+    whole.add(text)
+    parts = text.content[:-held_out], text.content[-held_out:]
+    train, validation = (_tokenize([[Text(text.name, part)]], tokenizer) for part in parts)
+    train.content = validation.content = whole.fingerprint()
+    return Splits(train, validation)
+
+
+def _tokenize(batches: Iterable[list[Text]], tokenizer: Tokenizer) -> MemoryStore:
+    tokens, residues, lengths = bytearray(), bytearray(), array("q", [0])
+    contents = _Contents(tokenizer)
+    for batch in batches:
+        for text, ids in zip(batch, tokenizer.encode_batch([text.content for text in batch])):
+            contents.add(text)
+            tokens += ids.tobytes()
+            lengths.append(len(ids))
+            residues.append(residue(text.name))
+    return MemoryStore(
+        tokens=np.frombuffer(tokens, dtype=id_type(tokenizer.vocab_size)),
+        offsets=np.cumsum(np.array(lengths, dtype=np.int64)),
+        residues=np.frombuffer(residues, dtype=np.uint8),
+        vocab_size=tokenizer.vocab_size,
+        tokenizer=tokenizer.fingerprint,
+        content=contents.fingerprint(),
+    )
+
+
+class _Contents:
+    """A hash over all names, sizes and contents, and over what makes ids of them."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._digest = hashlib.sha256()
+        self._tokenizer = tokenizer.fingerprint
+
+    def add(self, text: Text) -> None:
+        self._digest.update(os.fsencode(text.name) + b"\0")
+        self._digest.update(len(text.content).to_bytes(8, "little"))
+        self._digest.update(text.content)
 
     def fingerprint(self) -> str:
-        """sha256 over all names, sizes and contents; it changes if the data do."""
-        digest = hashlib.sha256()
-        for document in self.documents:
-            text = _read(document)
-            digest.update(os.fsencode(document.name) + b"\0" + len(text).to_bytes(8, "little"))
-            digest.update(text)
-        return digest.hexdigest()
-
-    def _cut(self, text: bytes, split: Split) -> bytes:
-        held_out = max(1, len(text) * self.validation_percent // 100)
-        return text[-held_out:] if split == "validation" else text[:-held_out]
-
-
-def open_corpus(config: DataConfig) -> Corpus:
-    """Find the documents of `[data]`; reads names and sizes only."""
-    found = _user_files(config.path) if config.path else _embedded_files()
-    documents = tuple(
-        Document(name, path, size) for name, path in sorted(found.items()) if (size := _size(path))
-    )
-    if sum(document.size for document in documents) < 2:
-        raise InputError(f"data.path = {config.path!r}: needs 2 bytes of text; choose other files")
-    return Corpus(documents, config.validation_percent)
-
-
-def unigram_entropy(tokens: npt.NDArray[np.uint16]) -> float:
-    """Entropy in nats of the distribution of single bytes; the document marks do not count.
-
-    A model whose loss is not below it has learnt nothing from context.
-    """
-    counts = np.bincount(tokens, minlength=NUM_BYTES)[:NUM_BYTES]
-    shares = counts[counts > 0] / counts.sum()
-    return math.fsum(-shares * np.log(shares))
-
-
-def _embedded_files() -> dict[str, Path]:
-    base = Path(sysconfig.get_paths()["stdlib"])
-    found = _named((path for path in base.rglob("*.py") if os.path.isfile(path)), base)
-    return {
-        name: path
-        for name, path in found.items()
-        if FOREIGN_FOLDERS.isdisjoint(name.split("/"))
-        and os.access(path, os.R_OK)
-        and _size(path) <= MAX_EMBEDDED_BYTES
-    }
-
-
-def _user_files(pattern: str) -> dict[str, Path]:
-    """Files by name, relative to the folder or to the part of a glob before its first wildcard.
-
-    Hidden files and folders are left out, as a glob does.
-    """
-    path = Path(pattern).expanduser()
-    if os.path.isfile(path):
-        return {path.name: path}
-    if os.path.isdir(path):
-        found = _named((file for file in path.rglob("*") if os.path.isfile(file)), path)
-        return {name: file for name, file in found.items() if not _is_hidden(name)}
-    matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
-    if not matches:
-        raise InputError(
-            f"data.path = {pattern!r}: no such file, folder or glob match; "
-            "leave it empty for the embedded source"
-        )
-    return _named((match for match in matches if os.path.isfile(match)), _fixed_folder(path))
-
-
-def _fixed_folder(pattern: Path) -> Path:
-    while any(character in str(pattern) for character in GLOB_CHARACTERS):
-        pattern = pattern.parent
-    return pattern
-
-
-def _named(files: Iterable[Path], base: Path) -> dict[str, Path]:
-    return {file.relative_to(base).as_posix(): file for file in files}
-
-
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") for part in name.split("/"))
-
-
-def _residue(document: Document) -> int:
-    digest = hashlib.sha256(os.fsencode(document.name)).digest()
-    return int.from_bytes(digest[:8], "big") % 100
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise OutsideError(f"{path}: cannot be read ({error.strerror}); check the disk") from error
-
-
-def _read(document: Document) -> bytes:
-    try:
-        return document.path.read_bytes()
-    except OSError as error:
-        raise OutsideError(
-            f"{document.path}: cannot be read ({error.strerror}); check its permissions"
-        ) from error
+        """Of bytes it is the hash of the text alone, as their ids are the text."""
+        text = self._digest.hexdigest()
+        if self._tokenizer == "bytes":
+            return text
+        return hashlib.sha256(f"{text} {self._tokenizer}".encode()).hexdigest()

@@ -16,15 +16,16 @@ import hashlib
 import math
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from longctx.data.packing import IGNORE, PackedSequence
-from longctx.data.sources import DataConfig, Split
+from longctx.data.config import DataConfig
+from longctx.data.stores import Integers
+from longctx.data.streams import IGNORE, PackedSequence, Stream
 from longctx.errors import InputError
 
-Integers = npt.NDArray[np.int64]
+Split = Literal["train", "validation"]
 
 NOISE, MARKER = 0, 1
 NUM_SIGNS = 2
@@ -100,7 +101,7 @@ TASKS: dict[str, Callable[[DataConfig, int, Draws], tuple[Integers, Integers]]] 
 }
 
 
-class GeneratedStream:
+class GeneratedStream(Stream):
     """An endless stream of sequences of a task, one document each; what `PackedStream` is of text.
 
     A sequence is held out if the sha256 of its tokens, modulo 100, is below `validation_percent`,

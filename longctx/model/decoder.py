@@ -14,7 +14,7 @@ from longctx.mixers.attention import AttentionConfig
 from longctx.mixers.base import Backend, RMSNorm
 from longctx.model.block import Block
 from longctx.model.layers import FEED_FORWARD
-from longctx.model.loss import count_correct, linear_cross_entropy
+from longctx.model.loss import linear_cross_entropy, score_labels
 from longctx.model.memory import BlockMemory, MemoryConfig
 from longctx.model.offload import Copier, waiting_room
 from longctx.sequence.local import LocalView
@@ -148,6 +148,17 @@ def outside_blocks(config: ModelConfig, vocab_size: int) -> tuple[nn.Embedding, 
     return embedding, RMSNorm(config.width), head
 
 
+class LabelScores(NamedTuple):
+    """How a model does at each label, rows end to end; 0 and False where it is -100."""
+
+    loss_M: Tensor
+    """Negative log probability in nats."""
+    correct_M: Tensor
+    """Whether it is the most likely token."""
+    position_M: Tensor
+    """Where in its document the token before it is."""
+
+
 class Losses(NamedTuple):
     """Sum of the cross-entropy over valid labels, and the mixers' losses averaged over layers."""
 
@@ -155,8 +166,8 @@ class Losses(NamedTuple):
     mixers: dict[str, Tensor]
     statistics: dict[str, Tensor]
     """Sums over own tokens by `LAYER.NAME`, for `Decoder.adapt`; gathered only in training."""
-    correct: Tensor | None = None
-    """How many valid labels are the most likely token; not counted in training."""
+    scores: LabelScores | None = None
+    """Found where no gradient is."""
 
 
 class Decoder(nn.Module):
@@ -172,7 +183,7 @@ class Decoder(nn.Module):
         self.embedding, self.norm, self.head = outside_blocks(config, vocab_size)
         rows = self.memory.loss_tokens
         self.cross_entropy = partial(linear_cross_entropy, rows=rows)
-        self.count_correct = partial(count_correct, rows=rows)
+        self.score_labels = partial(score_labels, rows=rows)
         self.copier: Copier | None = None
 
     def forward(self, tokens_BT: Tensor, labels_BT: Tensor, view: SequenceView) -> Losses:
@@ -197,8 +208,10 @@ class Decoder(nn.Module):
             dtype = torch.get_autocast_dtype(hidden_MD.device.type)
             hidden_MD, weight_VD = hidden_MD.to(dtype), weight_VD.to(dtype)
         operands = hidden_MD, weight_VD, labels_BT.flatten()
-        correct = None if self.training else self.count_correct(*operands)
-        return Losses(self.cross_entropy(*operands), means, statistics, correct)
+        if torch.is_grad_enabled():
+            return Losses(self.cross_entropy(*operands), means, statistics)
+        scores = LabelScores(*self.score_labels(*operands), view.positions_BT.flatten())
+        return Losses(scores.loss_M.sum(), means, statistics, scores)
 
     @torch.no_grad()
     def adapt(self, sums: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:

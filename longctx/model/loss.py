@@ -1,5 +1,5 @@
-"""Cross-entropy and right answers of a linear head, summed, without all logits of a batch in
-memory at once."""
+"""Cross-entropy and right answers of a linear head, without all logits of a batch in memory at
+once."""
 
 import torch
 import torch.nn.functional as F
@@ -28,14 +28,20 @@ def linear_cross_entropy(
 
 
 @torch.no_grad()
-def count_correct(hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, rows: int = 0) -> Tensor:
-    """How many labels other than -100 have the largest logit; the earlier class wins ties."""
+def score_labels(
+    hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, rows: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Of each label its negative log probability, in at least fp32, and whether its logit is the
+    largest, the earlier class winning ties; 0 and False for -100. Logits are held as above."""
+    wide = torch.promote_types(hidden_MD.dtype, torch.float32)
+    loss_M = torch.zeros(labels_M.shape, dtype=wide, device=labels_M.device)
+    correct_M = torch.zeros_like(labels_M, dtype=torch.bool)
     asked = (labels_M != IGNORE).nonzero()[:, 0]
-    rows = rows or _rows_per_chunk(weight_VD)
-    total = torch.zeros((), dtype=torch.long, device=asked.device)
-    for hidden, labels in zip(hidden_MD[asked].split(rows), labels_M[asked].split(rows)):
-        total += ((hidden @ weight_VD.mT).argmax(-1) == labels).sum()
-    return total
+    for index in asked.split(rows or _rows_per_chunk(weight_VD)):
+        logits_RV, labels = (hidden_MD[index] @ weight_VD.mT).to(wide), labels_M[index]
+        loss_M[index] = F.cross_entropy(logits_RV, labels, reduction="none")
+        correct_M[index] = logits_RV.argmax(-1) == labels
+    return loss_M, correct_M
 
 
 def _rows_per_chunk(weight_VD: Tensor) -> int:

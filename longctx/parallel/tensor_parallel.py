@@ -143,7 +143,7 @@ def _share_vocabulary(model: Any, group: TensorGroup) -> dict[str, Cut]:
     model.head.weight = weight if is_tied else nn.Parameter(cut.take(model.head.weight.detach()))
     model.head.out_features = stretch[1]
     head = SharedHead(group, len(whole), stretch[0], model.memory.loss_tokens)
-    model.cross_entropy, model.count_correct = head.cross_entropy, head.count_correct
+    model.cross_entropy, model.score_labels = head.cross_entropy, head.score_labels
     return {"embedding.weight": cut, "head.weight": cut}
 
 

@@ -1,4 +1,4 @@
-"""A vocabulary whose rows are shared: embedding, cross-entropy and right answers.
+"""A vocabulary whose rows are shared: embedding, cross-entropy and scores of labels.
 
 Megatron's functions of the same purpose need a vocabulary padded to equal shares, sum three times
 where one exchange does, and compute in fp32 whatever the precision (megatron-core 0.16.1); these
@@ -37,7 +37,7 @@ class SharedEmbedding(nn.Embedding):
 
 
 class SharedHead:
-    """Loss and right answers of a linear head of which each process has the rows from `first` on.
+    """Cross-entropy of a linear head of which each process has the rows from `first` on.
 
     Logits are held of `rows` tokens at a time, which all processes have to agree on.
     """
@@ -52,18 +52,26 @@ class SharedHead:
         return _SharedCrossEntropy.apply(hidden_MD, weight_VD, labels_M, self)
 
     @torch.no_grad()
-    def count_correct(self, hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor) -> Tensor:
-        """How many labels other than -100 have the largest logit; the earlier class wins ties."""
+    def score_labels(
+        self, hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Of each label its negative log probability, in at least fp32, and whether its logit is
+        the largest, the earlier class winning ties; 0 and False for -100; equal everywhere."""
+        wide = torch.promote_types(hidden_MD.dtype, torch.float32)
+        loss_M = torch.zeros(labels_M.shape, dtype=wide, device=labels_M.device)
+        correct_M = torch.zeros_like(labels_M, dtype=torch.bool)
         asked = (labels_M != IGNORE).nonzero()[:, 0]
-        total = torch.zeros((), dtype=torch.long, device=asked.device)
-        chunks = zip(hidden_MD[asked].split(self.rows), labels_M[asked].split(self.rows))
-        for hidden, labels in chunks:
-            best = (hidden @ weight_VD.mT).max(-1)
-            pair_2R = torch.stack((best.values.double(), (best.indices + self.first).double()))
-            value_PR, class_PR = self.group.gather(pair_2R, LOSS).unbind(1)
+        for index in asked.split(self.rows):
+            logits_RV, labels = (hidden_MD[index] @ weight_VD.mT).to(wide), labels_M[index]
+            own = _own_labels(labels, self.first, len(weight_VD))
+            best = logits_RV.max(-1)
+            candidate_2R = torch.stack((best.values.double(), (best.indices + self.first).double()))
+            found_4R = torch.cat((candidate_2R, _normaliser_here(logits_RV, own).double()))
+            value_PR, class_PR, lse_PR, chosen_PR = self.group.gather(found_4R, LOSS).unbind(1)
             winner_R = value_PR.max(0).indices
-            total += (class_PR.gather(0, winner_R[None])[0].long() == labels).sum()
-        return total
+            correct_M[index] = class_PR.gather(0, winner_R[None])[0].long() == labels
+            loss_M[index] = (lse_PR.logsumexp(0) - chosen_PR.sum(0)).to(wide)
+        return loss_M, correct_M
 
 
 class _SharedCrossEntropy(torch.autograd.Function):
@@ -115,8 +123,13 @@ def _normaliser(
     logits_RV: Tensor, own: tuple[Tensor, Tensor], head: SharedHead
 ) -> tuple[Tensor, Tensor]:
     """The log-sum-exp over the whole vocabulary, and the logit of the label, 0 without one."""
-    lse_R = logits_RV.logsumexp(-1)
-    chosen_R = torch.zeros_like(lse_R)
-    chosen_R[own[0]] = logits_RV[own]
-    lse_PR, chosen_PR = head.group.gather(torch.stack((lse_R, chosen_R)), LOSS).unbind(1)
+    gathered = head.group.gather(_normaliser_here(logits_RV, own), LOSS)
+    lse_PR, chosen_PR = gathered.unbind(1)
     return lse_PR.logsumexp(0), chosen_PR.sum(0)
+
+
+def _normaliser_here(logits_RV: Tensor, own: tuple[Tensor, Tensor]) -> Tensor:
+    """`[2, R]`: the same two over this process's share of the vocabulary."""
+    chosen_R = torch.zeros_like(logits_RV[:, 0])
+    chosen_R[own[0]] = logits_RV[own]
+    return torch.stack((logits_RV.logsumexp(-1), chosen_R))

@@ -10,6 +10,7 @@ from torch import Tensor
 from longctx.errors import OutsideError
 from longctx.sequence.communicator import Communicator, Pending, Shape
 from longctx.sequence.ledger import Label, Ledger
+from longctx.sequence.ranges import EXCHANGE
 
 Result = TypeVar("Result")
 
@@ -23,7 +24,8 @@ def named(ledger: Ledger, label: Label, action: Callable[[], Result]) -> Result:
     one is lost."""
     ledger.waiting = label
     try:
-        return action()
+        with ledger.ranges(EXCHANGE, label):
+            return action()
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise OutsideError(
@@ -45,9 +47,12 @@ class ProcessGroup(Communicator):
         return named(self.ledger, label, action)
 
     def _started(self, label: Label, works: Sequence[Any], result: list[Tensor]) -> Pending:
+        arrives = self.ledger.ranges.departs(label)
+
         def finish() -> list[Tensor]:
             for work in works:
                 self._call(label, work.wait)
+            arrives()
             return result
 
         return Pending(finish)

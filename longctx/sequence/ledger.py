@@ -4,6 +4,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from longctx.sequence.ranges import Ranges
+
 OUTSIDE_LAYERS = -1
 """Stands for a layer in labels of what no layer asks for."""
 
@@ -41,6 +43,8 @@ class Ledger:
     received: Counter[Label] = field(default_factory=Counter)
     waiting: Label | None = None
     """The exchange that this rank waits in now."""
+    ranges: Ranges = field(default_factory=Ranges)
+    """What this rank does, for profiles."""
 
     def record(self, label: Label, received: int) -> None:
         """Adds one call."""

@@ -97,7 +97,7 @@ def load_study(path: str | Path, argv: Sequence[str] = ()) -> Study:
 def _cell(
     config: StudyConfig, base: Table, axes: dict[str, Axis], names: tuple[str, ...], file: str
 ) -> Cell:
-    name, table = "-".join(names), base
+    name, table = "-".join(names), merge({"log": {"group": config.name, "job_type": "cell"}}, base)
     for axis, value in zip(axes.values(), names, strict=True):
         table = merge(table, axis[value])
     table = merge(table, {"run": {"name": name, "dir": str(config.path / name)}})

@@ -11,15 +11,20 @@ from pathlib import Path
 import torch
 
 import longctx
+from longctx.errors import OutsideError
+from longctx.train.redaction import redact
 
 GIT_SECONDS = 10
+CHANGES_FILE = "changes.patch"
+MOST_CHANGES = 2**20
+"""Bytes of a patch that are kept."""
 
 
 def describe() -> dict:
     """Everything about program and machine that helps to repeat a run, ready for JSON."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
+        "command": redact(sys.argv),
         "longctx": longctx.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -35,6 +40,23 @@ def describe() -> dict:
         ],
         "git": _git_state(Path(__file__)),
     }
+
+
+def write_changes(folder: Path, source: Path = Path(__file__)) -> None:
+    """Writes what differs from the commit, in files that git tracks, as `git apply` reads it.
+
+    Nothing where nothing differs, and nothing for an installed package.
+    """
+    file = folder / CHANGES_FILE
+    patch = _git(source.parent, "diff", "HEAD", "--binary") if _is_tracked(source) else None
+    try:
+        file.unlink(missing_ok=True)
+        if patch:
+            if len(patch) > MOST_CHANGES:
+                patch = patch[:MOST_CHANGES] + f"\ncut: {len(patch)} bytes\n".encode()
+            file.write_bytes(patch)
+    except OSError as error:
+        raise OutsideError(f"{file}: cannot write: {error.strerror}") from error
 
 
 def _version(package: str) -> str | None:
@@ -56,23 +78,29 @@ def _proc_value(file: str, key: str) -> str | None:
 
 def _git_state(source: Path) -> dict | None:
     """Commit and dirty flag of the checkout that tracks `source`; None for an installed package."""
-    if _git(source.parent, "ls-files", "--error-unmatch", source.name) is None:
+    if not _is_tracked(source):
         return None
     commit = _git(source.parent, "rev-parse", "HEAD")
     changes = _git(source.parent, "status", "--porcelain")
-    return {"commit": commit, "dirty": None if changes is None else changes != ""}
+    return {
+        "commit": None if commit is None else commit.decode().strip(),
+        "dirty": None if changes is None else changes != b"",
+    }
 
 
-def _git(folder: Path, *arguments: str) -> str | None:
+def _is_tracked(source: Path) -> bool:
+    return _git(source.parent, "ls-files", "--error-unmatch", source.name) is not None
+
+
+def _git(folder: Path, *arguments: str) -> bytes | None:
     """What git prints, None if it fails, is missing or takes too long."""
     try:
         done = subprocess.run(
             ["git", "-C", str(folder), *arguments],
             capture_output=True,
-            text=True,
             timeout=GIT_SECONDS,
             check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
+    return done.stdout

@@ -1,4 +1,4 @@
-"""The numbers of a run: one JSON line a step, a readable log, the console and, if asked, W&B."""
+"""The numbers of a run: a JSON line a step, a readable log, the console and, if asked, mirrors."""
 
 import contextlib
 import json
@@ -6,14 +6,19 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from longctx.checkpoint import sync_path
+from longctx.config.steps import range_of_steps
 from longctx.errors import OutsideError
+from longctx.train.board import Board
 from longctx.train.lines import Lines
-from longctx.train.mirror import Mirror, start_wandb
+from longctx.train.mirror import Mirror
 from longctx.train.progress import Progress
+from longctx.train.redaction import redact
+from longctx.train.wandb_run import LATE, WandbRun
 
 METRICS_FILE = "metrics.jsonl"
 LOG_FILE = "log.txt"
@@ -27,6 +32,26 @@ class LogConfig:
     """Whether metrics also go to W&B: not at all, to files for `wandb sync`, or to its server."""
     project: str = "longctx"
     """The W&B project."""
+    entity: str = ""
+    """The W&B user or team that owns the project; empty is the default of the account."""
+    group: str = ""
+    """Runs that W&B shows together; cells of a study have its name."""
+    tags: tuple[str, ...] = ()
+    """Labels by which W&B finds the run."""
+    job_type: str = ""
+    """What kind of run it is within its group, for W&B; cells of a study are called cell."""
+    tensorboard: bool = False
+    """Whether metrics also go to TensorBoard files, in tensorboard/ of the run directory."""
+    profile_steps: tuple[str, ...] = ()
+    """Steps that a profile is written of, such as 10-12, into the run's folder `profile`."""
+
+    def __post_init__(self) -> None:
+        for text in self.profile_steps:
+            range_of_steps(text, "log.profile_steps")
+
+    def profiles(self, step: int) -> bool:
+        """Whether a profile of this step, which counts from 1, is wanted."""
+        return any(step in range_of_steps(text, "log.profile_steps") for text in self.profile_steps)
 
 
 class MetricsLog:
@@ -34,8 +59,9 @@ class MetricsLog:
 
     A row has `step`, `loss`, `tokens` (seen since the first step), `seconds`, `tokens_per_second`,
     `mfu`, `grad_norm`, `lr`, `peak_memory_bytes`, `exchange_bytes` and `exchange_calls`, and may
-    have more, lists too. Rows after `resume_step` are dropped at the start, so each step is there
-    once. A disk that cannot be written at the start is an error; later it is a warning.
+    have more, lists too; docs/tracking.md explains all. Rows after `resume_step` are dropped at the
+    start, so each step is there once. A disk that cannot be written at the start is an error; later
+    it is a warning.
     """
 
     def __init__(
@@ -57,23 +83,26 @@ class MetricsLog:
             raise OutsideError(f"{run_dir}: cannot write the metrics: {error.strerror}") from error
         self._troubles = {lines.path: "" for lines in (self._metrics, self._log)}
         self._progress = Progress(_last_step(resolved_config), resume_step)
-        self._mirror: Mirror | None = None
+        self._mirrors: list[Mirror] = []
         if config.wandb != "disabled":
-            mode, project = config.wandb, config.project
-            self._mirror = Mirror(
-                lambda: start_wandb(mode, run_dir, project, run_name, resolved_config)
-            )
+            start_run = partial(WandbRun, run_dir, config, run_name, resolved_config)
+            self._mirrors.append(Mirror("W&B", start_run, LATE))
+        if config.tensorboard:
+            start_board = partial(Board, run_dir, resolved_config, resume_step)
+            self._mirrors.append(Mirror("TensorBoard", start_board))
 
     def step(self, row: dict) -> None:
         """Log the metrics of one step; they are on the disk, if it works, when this returns."""
-        self._metrics.append(json.dumps(_finite(row), allow_nan=False))
+        finite = _finite(row)
+        self._metrics.append(json.dumps(finite, allow_nan=False))
         self._show(lambda: self._progress.step(row))
-        if self._mirror is not None:
-            self._mirror.log(row)
+        for mirror in self._mirrors:
+            mirror.log(finite)
         self._warn_of_troubles()
 
     def info(self, text: str) -> None:
-        """Tell the user something, on the console and in `log.txt`."""
+        """Tell the user something, but no secrets, on the console and in `log.txt`."""
+        text = redact(text)
         self._show(lambda: self._progress.print(text))
         self._write_log(text)
 
@@ -82,10 +111,10 @@ class MetricsLog:
         self.info(f"warning: {text}")
 
     def close(self) -> None:
-        """Show the last step and close files, console and W&B."""
+        """Show the last step and close files, console and mirrors."""
         self._show(self._progress.close)
-        if self._mirror is not None:
-            self._mirror.close()
+        for mirror in self._mirrors:
+            mirror.close()
         self._warn_of_troubles()
         self._metrics.close()
         if self._metrics.lost:
@@ -104,7 +133,7 @@ class MetricsLog:
         self._log.append(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {text}")
 
     def _warn_of_troubles(self) -> None:
-        """Once when a disk or W&B fails, and once when the disk is back."""
+        """Once when a disk or mirror fails, and once when the disk is back."""
         for lines in (self._metrics, self._log):
             before, now = self._troubles[lines.path], lines.trouble
             self._troubles[lines.path] = now
@@ -112,8 +141,11 @@ class MetricsLog:
                 self.warn(f"{lines.path}: cannot write: {now}; training goes on, lines wait")
             elif before and not now:
                 self.info(f"{lines.path}: can be written again; {lines.lost} lines are lost")
-        if self._mirror is not None and (complaint := self._mirror.complaint()):
-            self.warn(complaint)
+        for mirror in self._mirrors:
+            if news := mirror.news():
+                self.info(news)
+            if complaint := mirror.complaint():
+                self.warn(complaint)
 
 
 class SilentLog:

@@ -1,27 +1,43 @@
-"""W&B beside a run: in a thread of its own, so that a slow or dead server delays no step."""
+"""Another place that gets a run's numbers, in a thread of its own: a slow or dead one delays no
+step."""
 
 import contextlib
 import queue
 import threading
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-FLUSH_SECONDS = 1.0
+FLUSH_SECONDS = 1
 FINISH_SECONDS = 10.0
-"""How long the end of a run waits for W&B."""
+"""How long the end of a run waits for a mirror."""
 MOST_WAITING = 10_000
-"""Rows that wait for W&B; more are dropped and counted."""
+"""Rows that wait for a mirror; more are dropped and counted."""
 MOST_ELEMENTS = 64
-THREAD = "wandb mirror"
+THREAD = "mirror of metrics"
+
+
+class Sink(Protocol):
+    """Takes rows; may wait, and raise anything."""
+
+    place: str
+    """Where the rows are to be seen."""
+    trouble: str
+    """What the user should know about that, or empty."""
+
+    def log(self, row: dict) -> None:
+        """Takes a row."""
+
+    def finish(self) -> None:
+        """Takes note that there are no more."""
 
 
 class Mirror:
-    """Sends rows to a W&B run that `start` makes. Nothing here waits or raises, but for `close`,
-    which waits a little."""
+    """Sends rows to a sink that `start` makes. Nothing here waits or raises, but for `close`, which
+    waits a little."""
 
-    def __init__(self, start: Callable[[], Any]) -> None:
-        self._start, self._error, self._dropped = start, "", 0
+    def __init__(self, name: str, start: Callable[[], Sink], when_late: str = "") -> None:
+        self._name, self._start, self._when_late = name, start, when_late
+        self._error, self._news, self._dropped = "", "", 0
         self._rows: queue.Queue[dict | None] = queue.Queue(MOST_WAITING)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name=THREAD, daemon=True)
@@ -41,61 +57,51 @@ class Mirror:
         error, self._error = self._error, ""
         return error
 
+    def news(self) -> str:
+        """Where the rows are to be seen, once, or empty."""
+        news, self._news = self._news, ""
+        return news
+
     def close(self) -> None:
-        """Lets W&B take what waits, for a few seconds."""
+        """Lets the sink take what waits, for a few seconds."""
         self._closing.set()
         with contextlib.suppress(queue.Full):
             self._rows.put_nowait(None)
         self._thread.join(FINISH_SECONDS)
         if self._thread.is_alive():
-            self._error = (
-                f"W&B did not finish in {FINISH_SECONDS:g} s; `wandb sync` sends what is in wandb/"
-            )
+            self._error = f"{self._name} did not finish in {FINISH_SECONDS:g} s{self._when_late}"
         elif self._dropped:
-            self._error = self._error or f"W&B was too slow for {self._dropped} rows"
+            self._error = self._error or f"{self._name} was too slow for {self._dropped} rows"
+
+    def _complain(self, trouble: str) -> None:
+        self._error = " ".join(f"{self._name} {trouble}".split()) if trouble else ""
 
     def _work(self) -> None:
         try:
-            run = self._start()
+            sink = self._start()
+            self._news = f"{self._name}: {sink.place}"
+            self._complain(sink.trouble)
             while (row := self._rows.get()) is not None:
-                run.log(_flat(row), step=row["step"])
+                sink.log(row)
                 if self._closing.is_set() and self._rows.empty():
                     break
-            run.finish()
+            sink.finish()
         except Exception as error:
-            reason = " ".join(str(error).split())
-            name = type(error).__name__
-            self._error = f"W&B failed and is off for the rest of the run: {name}: {reason}"
+            kind = type(error).__name__
+            self._complain(f"failed and is off for the rest of the run: {kind}: {error}")
 
 
 def is_stuck() -> bool:
-    """Whether a W&B that was given up would keep the program from ending, which it waits for."""
+    """Whether a mirror that was given up would keep the program from ending, which it waits for."""
     return any(thread.name == THREAD for thread in threading.enumerate())
 
 
-def start_wandb(mode: str, folder: Path, project: str, name: str, config: dict) -> Any:
-    """A W&B run that leaves the console alone."""
-    import wandb
-
-    settings: dict[str, Any] = {"console": "off"}
-    if "x_transaction_log_flush_interval" in wandb.Settings.model_fields:
-        settings["x_transaction_log_flush_interval"] = FLUSH_SECONDS
-    return wandb.init(
-        mode=mode,
-        dir=folder,
-        project=project,
-        name=name,
-        config=config,
-        settings=wandb.Settings(**settings),
-    )
-
-
-def _flat(row: dict) -> dict:
-    """What W&B gets of a row: of a list the first elements, each under a name of its own."""
-    flat = {}
+def flat(row: dict) -> dict:
+    """A row without lists: of each the first elements, each under a name of its own."""
+    numbers = {}
     for name, value in row.items():
         if isinstance(value, list):
-            flat |= {f"{name}/{i}": element for i, element in enumerate(value[:MOST_ELEMENTS])}
-        elif name != "step":
-            flat[name] = value
-    return flat
+            numbers |= {f"{name}/{i}": element for i, element in enumerate(value[:MOST_ELEMENTS])}
+        else:
+            numbers[name] = value
+    return numbers

@@ -4,11 +4,12 @@ from typing import NamedTuple
 
 import torch
 
-from longctx.checkpoint import Address, resolve
-from longctx.data import Loaders, build_loaders
+from longctx.checkpoint import Address, read_state, resolve
+from longctx.data import Loaders, Tokenizer, build_loaders
 from longctx.errors import InputError
 from longctx.parallel import Split
 from longctx.parallel import resolve as resolve_split
+from longctx.parallel.mesh import is_first_here
 from longctx.train.determinism import check_deterministic
 from longctx.train.engines import settle_engine
 from longctx.train.run_directory import open_run
@@ -34,19 +35,37 @@ def prepare(settings: Settings, processes: int) -> Prepared:
     _check_backends(settings, device)
     if config.deterministic:
         check_deterministic(settings.model.mixers, settings.model.backend)
-    layers = settings.model.layers
-    split = resolve_split(settings.parallel, layers, processes, config.seq_len)
+    split = settle_engine(settings, settle_mesh(settings, processes))
+    loaders = build_loaders(
+        settings.data, config.seq_len, config.batch_size, settings.run.seed, is_first_here()
+    )
+    resumed, initial = open_run(settings, loaders.fingerprint), None
+    if settings.run.init_from and not resumed:
+        initial = resolve(settings.run.init_from)
+        _check_tokenizer(initial, loaders.tokenizer)
+    return Prepared(device, split, loaders, resumed, initial)
+
+
+def settle_mesh(settings: Settings, processes: int) -> Split:
+    """How this many processes share the work; InputError if they cannot, on whatever machine."""
+    config = settings.train
+    split = resolve_split(settings.parallel, settings.model.layers, processes, config.seq_len)
     if config.batch_size % split.dp:
         raise InputError(
             f"train.batch_size = {config.batch_size} is not a multiple of the {split.dp} replicas "
             "(processes / parallel.sp / parallel.tp)"
         )
-    split = settle_engine(settings, split)
-    loaders = build_loaders(settings.data, config.seq_len, config.batch_size, settings.run.seed)
-    resumed, initial = open_run(settings, loaders.fingerprint), None
-    if settings.run.init_from and not resumed:
-        initial = resolve(settings.run.init_from)
-    return Prepared(device, split, loaders, resumed, initial)
+    return split
+
+
+def _check_tokenizer(start: Address, tokenizer: Tokenizer) -> None:
+    """InputError if a checkpoint learnt other ids for the same text."""
+    learnt = read_state(start).get("tokenizer", tokenizer.fingerprint)
+    if learnt != tokenizer.fingerprint:
+        raise InputError(
+            f"run.init_from = {str(start)!r}: was trained with another tokenizer than that of "
+            f"[data], {tokenizer.name}; set data.tokenizer to the one of that run"
+        )
 
 
 def _check_backends(settings: Settings, device: torch.device) -> None:

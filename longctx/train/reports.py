@@ -8,7 +8,8 @@ import torch
 from longctx.config import to_dict
 from longctx.model.cache import cache_bytes
 from longctx.train.curves import draw_loss
-from longctx.train.environment import describe
+from longctx.train.environment import describe, write_changes
+from longctx.train.evaluate import evaluate
 from longctx.train.metrics import MetricsLog, SilentLog, write_json
 from longctx.train.run_directory import SUMMARY_FILE
 
@@ -25,6 +26,7 @@ def open_log(trainer: "Trainer") -> MetricsLog | SilentLog:
     folder, config = settings.run.path, settings.train
     log = MetricsLog(folder, settings.log, settings.run.name, to_dict(settings), step)
     write_json(folder / "environment.json", describe() | {"parallel": asdict(split)})
+    write_changes(folder)
     log.info(
         f"{folder}: {trainer.num_parameters:,} parameters, {config.steps} steps of "
         f"{config.batch_size} x {config.seq_len} tokens, {trainer.precision} on "
@@ -46,7 +48,7 @@ def open_log(trainer: "Trainer") -> MetricsLog | SilentLog:
 def conclude(trainer: "Trainer", log: MetricsLog | SilentLog) -> None:
     """Writes the summary and the picture."""
     settings, progress, mesh = trainer.settings, trainer.progress, trainer.mesh
-    results, cached = trainer.evaluate(), _cache_bytes_per_token(trainer)
+    results, cached = evaluate(trainer), _cache_bytes_per_token(trainer)
     if mesh.rank:
         return
     folder, entropy = settings.run.path, trainer.loaders.unigram_entropy

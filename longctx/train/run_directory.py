@@ -7,6 +7,7 @@ from typing import Any
 
 from longctx.checkpoint import Address, latest, read_state, sync_path
 from longctx.config import decode, first_difference, load_table, to_toml
+from longctx.data import Tokenizer
 from longctx.errors import InputError, OutsideError
 from longctx.train.settings import IDENTITY, MAY_CHANGE, Settings
 
@@ -50,8 +51,9 @@ def finished(settings: Settings) -> dict[str, Any] | None:
     return summary if summary["step"] >= last else None
 
 
-def write_config(settings: Settings) -> None:
-    """Writes the resolved config into the run directory, and tries the folder of checkpoints."""
+def write_config(settings: Settings, tokenizer: Tokenizer | None = None) -> None:
+    """Writes the resolved config into the run directory, beside the file of its tokenizer, and
+    tries the folder of checkpoints."""
     folder = settings.run.path
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -59,6 +61,8 @@ def write_config(settings: Settings) -> None:
         partial.write_text(to_toml(settings))
         sync_path(partial)
         partial.replace(folder / CONFIG_FILE)
+        if tokenizer:
+            tokenizer.save(folder)
     except OSError as error:
         raise OutsideError(
             f"run.dir = '{folder}': cannot write: {error.strerror}; choose another run.dir"
@@ -90,8 +94,8 @@ def _check_checkpoint(path: Address, settings: Settings, fingerprint: str) -> No
         )
     if state["data_fingerprint"] != fingerprint:
         raise InputError(
-            f"{path}: was trained on other data than data.path holds now; "
-            "restore the data or choose another run.dir"
+            f"{path}: was trained on other data, or with another tokenizer, than [data] names now; "
+            "restore them or choose another run.dir"
         )
 
 

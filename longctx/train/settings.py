@@ -143,7 +143,13 @@ IDENTITY = (
     "train.batch_size",
 )
 """What a resumed run may not change, but for who computes it and which steps are left out."""
-MAY_CHANGE = ("data.skip_steps", "model.backend", "model.mixers.*backend")
+MAY_CHANGE = (
+    "data.skip_steps",
+    "data.prefetch",
+    "data.verify",
+    "model.backend",
+    "model.mixers.*backend",
+)
 
 
 def load_settings(name: str) -> Settings:

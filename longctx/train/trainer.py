@@ -20,7 +20,7 @@ from longctx.checkpoint import (
     random_boxes,
 )
 from longctx.config import to_dict
-from longctx.data import Loader, Loaders
+from longctx.data import Batch, Loaders, Prefetch
 from longctx.errors import InputError, OutsideError
 from longctx.model.decoder import Losses
 from longctx.parallel import Mesh, world_size
@@ -30,6 +30,7 @@ from longctx.train.determinism import (
     naming_nondeterminism,
 )
 from longctx.train.engines import build_engine
+from longctx.train.evaluate import evaluate
 from longctx.train.guard import Guard
 from longctx.train.hardware import (
     forget_peak_memory,
@@ -40,8 +41,10 @@ from longctx.train.hardware import (
 from longctx.train.metrics import MetricsLog, SilentLog
 from longctx.train.optim import learning_rate
 from longctx.train.prepare import prepare
+from longctx.train.profile import Profiler
 from longctx.train.replicas import check_replicas
 from longctx.train.reports import conclude, open_log
+from longctx.train.router_health import router_health
 from longctx.train.run_directory import write_config
 from longctx.train.settings import DTYPES, Settings
 from longctx.train.signals import StopRequest
@@ -69,7 +72,7 @@ def train(settings: Settings, stop: StopRequest | None = None) -> str:
     elif initial:
         trainer.load_weights(initial)
     if mesh.rank == 0:
-        write_config(settings)
+        write_config(settings, loaders.tokenizer)
     with naming_nondeterminism():
         stopped_by = trainer.run()
     mesh.close()
@@ -99,32 +102,26 @@ class Trainer:
         self.segments = mesh.segments(settings.train.seq_len)
         self.progress = Progress()
         self.guard = Guard(settings.faults, self._last_good)
+        self.profiler = Profiler(settings.log, settings.run.path, mesh, self.model)
+        self.ranges = mesh.ledger.ranges
         self.num_parameters = self.model.num_parameters()
         self.peak_flops, self.peak_source = peak_flops(self.device, DTYPES[self.precision])
 
     def run(self) -> str:
         """Steps until the end, `stop_after` or a signal, each of which leaves a checkpoint."""
-        settings, progress, faults = self.settings, self.progress, self.settings.faults
+        settings, progress = self.settings, self.progress
         last = min(settings.train.stop_after or math.inf, settings.train.steps)
-        log, stopped, saved = open_log(self), False, progress.step
-        watchdog = Watchdog(faults, settings.run.path, self.mesh, self.stop)
-        with contextlib.closing(log), watchdog:
+        log, stopped, self.saved = open_log(self), False, progress.step
+        watchdog = Watchdog(settings.faults, settings.run.path, self.mesh, self.stop)
+        with contextlib.closing(log), contextlib.closing(self._read_ahead()), watchdog:
             while progress.step < last and not stopped:
                 watchdog.beat(progress.step + 1)
-                row, stopped = self.step(log)
-                if self._ends(settings.eval.every) or progress.step == settings.train.steps:
-                    watchdog.beat(progress.step, "evaluation")
-                    row |= self.evaluate()
-                log.step(row)
-                if self._ends(faults.check_replicas_every):
-                    self._check_replicas()
-                if self._ends(settings.checkpoint.every):
-                    watchdog.beat(progress.step, "checkpoint")
-                    saved = progress.step if self._try_to_save(log) else saved
+                with self.profiler.step(progress.step + 1, log):
+                    stopped = self._round(log, watchdog)
                 if failure := self.checkpoints.failure():
                     log.warn(f"{failure}; training goes on")
             watchdog.beat(progress.step, "last checkpoint")
-            if saved != progress.step:
+            if self.saved != progress.step:
                 self.save()
             self.checkpoints.wait()
             if stopped:
@@ -133,6 +130,29 @@ class Trainer:
                 return signal
             conclude(self, log)
             return ""
+
+    def _round(self, log: MetricsLog | SilentLog, watchdog: Watchdog) -> bool:
+        """A step, and what is due after it; whether any process was asked to stop."""
+        settings, progress = self.settings, self.progress
+        row, stopped = self.step(log)
+        if self._ends(settings.eval.every) or progress.step == settings.train.steps:
+            watchdog.beat(progress.step, "evaluation")
+            with self.ranges("evaluation"):
+                row |= evaluate(self)
+        log.step(row)
+        if self._ends(settings.faults.check_replicas_every):
+            self._check_replicas()
+        if self._ends(settings.checkpoint.every):
+            watchdog.beat(progress.step, "checkpoint")
+            with self.ranges("checkpoint"):
+                self._try_to_save(log)
+        return stopped
+
+    def _read_ahead(self) -> Prefetch:
+        ahead, pin = self.settings.data.prefetch, self.device.type == "cuda"
+        loader = self.loaders.train
+        self.batches = Prefetch(loader, self._schedule(), self.segments, ahead, pin)
+        return self.batches
 
     def _ends(self, every: int) -> bool:
         """Whether a round of so many steps, 0 meaning none, has just ended."""
@@ -165,21 +185,35 @@ class Trainer:
 
     def _add_gradients(self, sums: Sums) -> list[str]:
         """Runs this process's share of the batch; the names of the routers' statistics."""
-        config, mesh, loader = self.settings.train, self.mesh, self.loaders.train
+        mesh, loader = self.mesh, self.loaders.train
         ids = loader.ids(self.progress.step)
         valid = max(1, loader.num_valid(ids))
-        rows = len(ids) // mesh.split.dp
-        mine = ids[mesh.dp_rank * rows : (mesh.dp_rank + 1) * rows]
         self.model.train()
-        for micro in _chunks(mine, config.micro_batch or rows):
-            losses, flops = self._forward(loader, micro)
+        for micro in self._micro_batches(ids):
+            with self.ranges("data"):
+                batch = self.batches.next()
+            losses, flops = self.forward(batch)
             share = len(micro) / len(ids) / mesh.split.sp
             terms = {"loss": losses.cross_entropy / valid}
             terms |= {f"{name}_loss": loss * share for name, loss in losses.mixers.items()}
-            self.engine.backward(sum(terms.values()))
+            with self.ranges("backward"):
+                self.engine.backward(sum(terms.values()))
             sums.add(terms | {"flops": torch.tensor(float(flops))})
             sums.add(losses.statistics)
         return list(losses.statistics)
+
+    def _micro_batches(self, ids: Sequence[int]) -> list[Sequence[int]]:
+        """This process's share of a step's sequences, a forward and backward pass at a time."""
+        rows = len(ids) // self.mesh.split.dp
+        mine = ids[self.mesh.dp_rank * rows : (self.mesh.dp_rank + 1) * rows]
+        size = self.settings.train.micro_batch or rows
+        return [mine[i : i + size] for i in range(0, len(mine), size)]
+
+    def _schedule(self) -> Iterator[Sequence[int]]:
+        """Micro-batches from the next step on."""
+        for step in range(self.progress.step, self.settings.train.steps):
+            if not self.settings.data.skips(step + 1):
+                yield from self._micro_batches(self.loaders.train.ids(step))
 
     def _update(
         self,
@@ -198,9 +232,10 @@ class Trainer:
             self.engine.discard()
             return {"skipped": self.guard.skipped}
         self.checkpoints.settle()
-        told = {"update_norm": self.engine.update(lr)}
+        with self.ranges("optimizer"):
+            told = {"update_norm": self.engine.update(lr)}
         told |= self.model.adapt(statistics, config.batch_size * config.seq_len)
-        return on_host(told) | {"skipped": self.guard.skipped}
+        return router_health(on_host(told)) | {"skipped": self.guard.skipped}
 
     def _metrics(self, figures: dict[str, Any], tokens: int, seconds: float) -> dict[str, Any]:
         progress, traffic = self.progress, self.mesh.ledger.total()
@@ -213,6 +248,7 @@ class Trainer:
             "grad_norm": None,
             "tokens": progress.tokens,
             "seconds": seconds,
+            "data_seconds": self.batches.take_waited(),
             "tokens_per_second": tokens / seconds,
             "mfu": rate / (self.peak_flops * self.mesh.size),
             "peak_memory_bytes": peak_memory_bytes(self.device),
@@ -220,45 +256,29 @@ class Trainer:
             "exchange_calls": traffic.calls,
         } | figures
 
-    @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """Over the labels of the held-out sequences: the mean loss in nats, and the share that is
-        the most likely token."""
-        self.model.eval()
-        mesh, config, loader = self.mesh, self.settings.train, self.loaders.validation
-        ids, dp = range(self.settings.eval.sequences), mesh.split.dp
-        rows = config.micro_batch or config.batch_size // dp
-        total = torch.zeros(2, dtype=torch.float64)
-        for start in range(0, len(ids), dp * rows):
-            mine = ids[start + mesh.dp_rank : start + dp * rows : dp]
-            losses = self._forward(loader, mine or ids[:1])[0]  # all exchange weights, or none
-            if mine:
-                total += torch.stack((losses.cross_entropy.double(), losses.correct.double())).cpu()
-        total = mesh.sum(total.to(self.device), "evaluation") / max(1, loader.num_valid(ids))
-        return on_host(dict(zip(("val_loss", "val_accuracy"), total)))
-
-    def _forward(self, loader: Loader, ids: Sequence[int]) -> tuple[Losses, int]:
-        """This process's share of the losses of sequences, and the FLOPs of computing it."""
+    def forward(self, batch: Batch) -> tuple[Losses, int]:
+        """This process's share of the losses of a batch, and the FLOPs of computing it."""
         settings, device = self.settings, self.device
-        batch = loader.read(ids, self.segments)
         view = self.mesh.view(batch.documents, settings.train.seq_len)
         view = view.keyed(settings.run.seed, self.progress.step, batch.sequence_ids)
         autocast: Any = contextlib.nullcontext()
         if self.precision == "bf16":
             # A cache would keep the rounded weights of all layers until the end.
             autocast = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
-        with autocast:
-            losses = self.model(batch.tokens_BT.to(device), batch.labels_BT.to(device), view)
+        with autocast, self.ranges("forward"):
+            tokens_BT, labels_BT = (
+                x.to(device, non_blocking=True) for x in (batch.tokens_BT, batch.labels_BT)
+            )
+            losses = self.model(tokens_BT, labels_BT, view)
         return losses, sum(self.model.flops(view.positions_BT.flatten() + 1).values())
 
-    def _try_to_save(self, log: MetricsLog | SilentLog) -> bool:
-        """Whether all processes are done with a checkpoint, or write it in the background."""
+    def _try_to_save(self, log: MetricsLog | SilentLog) -> None:
+        """Returns when all processes are done with a checkpoint, or write it in the background."""
         try:
             self.save()
+            self.saved = self.progress.step
         except OutsideError as error:
             log.warn(f"{error}; training goes on")
-            return False
-        return True
 
     def save(self) -> None:
         """Makes a checkpoint of now; on the disk when the file system is done with it."""
@@ -267,7 +287,9 @@ class Trainer:
             "tokens": progress.tokens,
             "seconds": progress.seconds,
             "guard": self.guard.state(),
+            "data": self.loaders.state(progress.step),
             "data_fingerprint": self.loaders.fingerprint,
+            "tokenizer": self.loaders.tokenizer.fingerprint,
             "vocab_size": self.loaders.vocab_size,
             "config": to_dict(self.settings),
         }
@@ -293,6 +315,7 @@ class Trainer:
         try:
             self.progress = Progress(state["step"], state["tokens"], state["seconds"])
             self.guard.load(state["guard"])
+            self.loaders.load_state(state["data"])
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{path}/state.json: lacks {error}; it is not of this version of longctx"
@@ -318,7 +341,3 @@ class Trainer:
         parts, mesh = self.engine.weights(), self.mesh
         weights = {name: part.local.to(mesh.device) for name, part in parts.items()}
         check_replicas(weights, mesh.gather, groups)
-
-
-def _chunks(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    return (ids[i : i + size] for i in range(0, len(ids), size))

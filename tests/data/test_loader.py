@@ -1,9 +1,10 @@
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from longctx.data import IGNORE, DataConfig, Loader, build_loaders
+from longctx.data import IGNORE, DataConfig, Loader, build_loaders, opening
 
 
 @pytest.fixture
@@ -66,9 +67,8 @@ def test_parts_of_sequences_join_to_the_batch(corpus):
 
 
 def test_validation_does_not_depend_on_the_seed(corpus):
-    first, second = (
-        build_loaders(DataConfig(corpus), seq_len=16, batch_size=2, seed=seed) for seed in (1, 2)
-    )
+    config = DataConfig(corpus, validation_percent=50)
+    first, second = (build_loaders(config, seq_len=16, batch_size=2, seed=seed) for seed in (1, 2))
 
     def tokens(loader: Loader) -> torch.Tensor:
         return torch.cat([loader.batch(step).tokens_BT for step in range(4)])
@@ -89,3 +89,55 @@ def test_a_corpus_smaller_than_a_sequence_repeats(tmp_path: Path):
     assert loaders.train.batch(0).tokens_BT.tolist() == [[256, a, 257, 256, a, 257, 256]]
     assert loaders.validation.batch(0).tokens_BT.tolist() == [[256, b, 257, 256, b, 257, 256]]
     assert loaders.train.batch(0).documents == ((0, 3, 6),)
+
+
+def test_padding_counts_in_no_loss_whether_documents_reset_or_not(corpus):
+    for packing in ("best_fit", "whole"):
+        for document_reset in (True, False):
+            config = DataConfig(corpus, packing=packing, document_reset=document_reset)
+            loader = build_loaders(config, seq_len=100, batch_size=6, seed=0).train
+            batch = loader.batch(0)
+            counted = int((batch.labels_BT != IGNORE).sum())
+            assert loader.num_valid(loader.ids(0)) == counted < batch.labels_BT.numel()
+            halves = [loader.read(loader.ids(0), [part]) for part in ((0, 37), (37, 100))]
+            for name in ("tokens_BT", "labels_BT"):
+                joined = torch.cat([getattr(half, name) for half in halves], 1)
+                assert torch.equal(joined, getattr(batch, name))
+
+
+def test_lengths_decide_what_is_trained_on_but_not_what_is_held_out(corpus):
+    plain = build_loaders(DataConfig(corpus), seq_len=64, batch_size=9, seed=0)
+    config = DataConfig(corpus, shortest=100, long_from=200, long_repeat=5)
+    chosen = build_loaders(config, seq_len=64, batch_size=9, seed=0)
+    assert torch.equal(chosen.validation.batch(0).tokens_BT, plain.validation.batch(0).tokens_BT)
+
+    def documents(loader: Loader) -> list[str]:
+        text = chosen.tokenizer.decode(loader.read(range(200), [(0, 64)]).tokens_BT.flatten())
+        return text.split("document ")
+
+    before, after = documents(plain.train), documents(chosen.train)
+    assert before.count("3 ")
+    assert not after.count("3 ")
+    assert after.count("19 ") / len(after) > 1.5 * before.count("19 ") / len(before)
+
+
+def test_entropy_is_that_of_the_first_held_out_tokens_without_marks(tmp_path, monkeypatch):
+    (tmp_path / "held").mkdir()
+    for name, text in (("train.txt", "cc"), ("held/a", "ab" * 50), ("held/b", "d" * 100)):
+        (tmp_path / name).write_text(text)
+    config = DataConfig(str(tmp_path / "train.txt"), validation_path=str(tmp_path / "held"))
+    shares = {4_000_000: [50, 50, 100], 104: [50, 50, 1], 4: [2, 1]}
+    for counted, counts in shares.items():
+        monkeypatch.setattr(opening, "COUNTED", counted)
+        loaders = build_loaders(config, seq_len=7, batch_size=1, seed=0)
+        expected = -sum(n / sum(counts) * math.log(n / sum(counts)) for n in counts)
+        assert loaders.unigram_entropy == pytest.approx(expected)
+
+
+def test_what_is_not_streamed_needs_no_state(corpus):
+    for config in (
+        DataConfig(corpus),
+        DataConfig(task="mqar"),
+        DataConfig(corpus, packing="whole"),
+    ):
+        assert build_loaders(config, seq_len=64, batch_size=3, seed=0).state(5) == {}

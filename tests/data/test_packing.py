@@ -3,20 +3,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longctx.data.packing import IGNORE, PackedSequence, PackedStream
-from longctx.data.sources import DocumentTokens
+from longctx.data import DataConfig
+from longctx.data.packing import PackedStream, epoch_documents
+from longctx.data.stores import MemoryStore
+from longctx.data.streams import IGNORE, PackedSequence
+from longctx.errors import InputError
+from tests.data.stores import make_store
 
 BEGIN, END = 256, 257
 
 
-def make_documents(lengths: list[int]) -> DocumentTokens:
+def make_documents(lengths: list[int]) -> MemoryStore:
     """Documents of given lengths (marks included) whose bytes are all different."""
-    offsets = np.concatenate(([0], np.cumsum(lengths)))
-    tokens = np.arange(offsets[-1], dtype=np.uint16)
-    assert len(tokens) <= BEGIN
-    tokens[offsets[:-1]] = BEGIN
-    tokens[offsets[1:] - 1] = END
-    return DocumentTokens(tokens, offsets)
+    store = make_store(lengths)
+    store.tokens[store.offsets[:-1]] = BEGIN
+    store.tokens[store.offsets[1:] - 1] = END
+    assert len(store.tokens) <= BEGIN
+    return store
+
+
+def whole(stream: PackedStream, index: int) -> PackedSequence:
+    return stream.slice(index, 0, stream.seq_len)
 
 
 def same(left: PackedSequence, right: PackedSequence) -> bool:
@@ -28,7 +35,7 @@ def same(left: PackedSequence, right: PackedSequence) -> bool:
 
 
 def concatenated(stream: PackedStream, count: int) -> np.ndarray:
-    return np.concatenate([stream.sequence(index).tokens for index in range(count)])
+    return np.concatenate([whole(stream, index).tokens for index in range(count)])
 
 
 LENGTHS = [7, 2, 30, 3, 12, 5, 17, 4]
@@ -52,7 +59,7 @@ def test_labels_are_the_next_token_inside_a_document_only(seq_len):
     stream = PackedStream(DOCUMENTS, seq_len, seed=1)
     tokens = concatenated(stream, 8)
     for index in range(7):
-        sequence = stream.sequence(index)
+        sequence = whole(stream, index)
         following = tokens[index * seq_len + 1 : (index + 1) * seq_len + 1]
         expected = np.where(sequence.tokens == END, IGNORE, following)
         np.testing.assert_array_equal(sequence.labels, expected)
@@ -63,14 +70,14 @@ def test_labels_are_the_next_token_inside_a_document_only(seq_len):
 def test_document_starts_are_where_documents_begin(seq_len):
     stream = PackedStream(DOCUMENTS, seq_len, seed=1)
     for index in range(8):
-        sequence = stream.sequence(index)
+        sequence = whole(stream, index)
         tokens = [*sequence.tokens.tolist(), sequence.following]
         expected = {0} | {place for place, token in enumerate(tokens) if token == BEGIN}
         assert stream.document_starts(index) == tuple(sorted(expected))
 
 
 def test_a_single_document_starts_anew_each_epoch():
-    sequence = PackedStream(make_documents([4]), seq_len=10, seed=0).sequence(0)
+    sequence = whole(PackedStream(make_documents([4]), seq_len=10, seed=0), 0)
     assert sequence.tokens.tolist() == [BEGIN, 1, 2, END] * 2 + [BEGIN, 1]
     assert sequence.labels.tolist() == [1, 2, END, IGNORE] * 2 + [1, 2]
 
@@ -83,11 +90,11 @@ def test_a_slice_is_the_same_part_of_the_whole(data):
     index = data.draw(st.integers(0, 1000))
     start, stop = sorted(data.draw(st.tuples(*[st.integers(0, seq_len)] * 2)))
     stream = PackedStream(make_documents(lengths), seq_len, seed=data.draw(st.integers(-9, 2**70)))
-    whole, part = stream.sequence(index), stream.slice(index, start, stop)
-    following = np.append(whole.tokens, whole.following)[stop]
+    sequence, part = whole(stream, index), stream.slice(index, start, stop)
+    following = np.append(sequence.tokens, sequence.following)[stop]
     expected = PackedSequence(
-        whole.tokens[start:stop],
-        whole.labels[start:stop],
+        sequence.tokens[start:stop],
+        sequence.labels[start:stop],
         int(following),
     )
     assert same(part, expected)
@@ -97,11 +104,11 @@ def test_reading_order_does_not_matter():
     stream, seq_len = PackedStream(DOCUMENTS, 11, seed=5), 11
     for index in np.random.default_rng(0).permutation(100).tolist():
         fresh = PackedStream(DOCUMENTS, seq_len, seed=5)
-        assert same(stream.sequence(index), fresh.sequence(index))
+        assert same(whole(stream, index), whole(fresh, index))
 
 
 def test_seeds_give_different_orders():
-    orders = {tuple(PackedStream(DOCUMENTS, EPOCH, seed).sequence(0).tokens) for seed in range(5)}
+    orders = {tuple(whole(PackedStream(DOCUMENTS, EPOCH, seed), 0).tokens) for seed in range(5)}
     assert len(orders) == 5
 
 
@@ -113,14 +120,14 @@ def test_the_order_never_changes_between_versions():
         (7, 0): [4, 1, 6, 3, 2, 7, 5, 0],
     }
     for (seed, epoch), order in orders.items():
-        tokens = PackedStream(DOCUMENTS, EPOCH, seed).sequence(epoch).tokens
+        tokens = whole(PackedStream(DOCUMENTS, EPOCH, seed), epoch).tokens
         begins = np.flatnonzero(tokens == BEGIN)
         lengths = np.diff(np.append(begins, EPOCH)).tolist()
         assert [LENGTHS.index(length) for length in lengths] == order
 
 
 def test_one_document_forgets_the_borders():
-    sequence = PackedStream(DOCUMENTS, 40, seed=2).sequence(1)
+    sequence = whole(PackedStream(DOCUMENTS, 40, seed=2), 1)
     joined = sequence.as_one_document()
     assert IGNORE in sequence.labels
     np.testing.assert_array_equal(joined.labels[:-1], sequence.tokens[1:])
@@ -131,3 +138,41 @@ def test_one_document_forgets_the_borders():
 def test_a_slice_outside_its_sequence_is_refused(index, start, stop):
     with pytest.raises(ValueError, match="no slice"):
         PackedStream(DOCUMENTS, 5, seed=0).slice(index, start, stop)
+
+
+def test_a_slice_reads_its_tokens_and_the_one_that_follows():
+    stream = PackedStream(DOCUMENTS, 16, seed=0)
+    for index, (start, stop) in enumerate([(0, 16), (3, 9), (15, 16)] * 20):
+        before = DOCUMENTS.bytes_read
+        stream.slice(index, start, stop)
+        assert DOCUMENTS.bytes_read - before == 2 * (stop - start + 1)
+
+
+def test_long_documents_are_repeated_and_short_ones_left_out():
+    config = DataConfig(shortest=4, long_from=12, long_repeat=3)
+    documents = epoch_documents(DOCUMENTS, config)
+    assert documents.tolist() == [0, 2, 2, 2, 4, 4, 4, 5, 6, 6, 6, 7]
+    length = sum(LENGTHS[document] for document in documents)
+    tokens = whole(PackedStream(DOCUMENTS, length, 0, documents), 0).tokens
+    found = [tuple(piece) for piece in np.split(tokens, np.flatnonzero(tokens == END)[:-1] + 1)]
+    originals = [tuple(DOCUMENTS.read(d, 0, LENGTHS[d])) for d in documents]
+    assert sorted(found) == sorted(originals)
+    assert found != originals
+
+
+def test_one_occurrence_of_each_document_keeps_the_order():
+    documents = epoch_documents(DOCUMENTS, DataConfig(long_from=12))
+    plain, chosen = PackedStream(DOCUMENTS, 13, 4), PackedStream(DOCUMENTS, 13, 4, documents)
+    assert all(same(whole(plain, index), whole(chosen, index)) for index in range(20))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (DataConfig(shortest=31), "data.shortest = 31 leaves out every document: the longest of 8"),
+        (DataConfig(long_from=31, long_repeat=2), "data.long_from = 31: no document is that long"),
+    ],
+)
+def test_a_choice_that_leaves_nothing_is_refused(config, message):
+    with pytest.raises(InputError, match=message):
+        epoch_documents(DOCUMENTS, config)

@@ -51,10 +51,12 @@ def results() -> list[ahead.Result]:
     return ahead.compile_specimens(chosen(), ahead.PROCESSES)
 
 
+@pytest.mark.cluster
 def test_every_launch_compiles(results):
     assert not [(r.architecture, r.key, r.call, r.error) for r in results if r.compiled is None]
 
 
+@pytest.mark.cluster
 def test_nothing_spills_more_than_recorded(results):
     budget = json.loads((ROOT / ahead.BUDGET).read_text())
     for r in results:
@@ -62,6 +64,7 @@ def test_nothing_spills_more_than_recorded(results):
             assert r.compiled.spilled_bytes <= budget[r.architecture][r.key], (r.key, r.call)
 
 
+@pytest.mark.cluster
 def test_a_block_finds_the_shared_memory_it_needs(results):
     for r in results:
         if r.compiled is not None:
@@ -69,6 +72,7 @@ def test_a_block_finds_the_shared_memory_it_needs(results):
             assert r.compiled.shared_bytes <= limit, (r.architecture, r.key, r.call)
 
 
+@pytest.mark.cluster
 def test_products_use_the_matrix_units_of_hopper(results):
     for r in results:
         if r.compiled and r.architecture == "sm_90" and r.kernel not in WITHOUT_DOT:

@@ -130,7 +130,8 @@ def train(model: Decoder, split: TensorSplit | None, seat: Alone | Together) -> 
         optimizer.zero_grad()
         with torch.no_grad():
             seen = model.eval()(tokens_BT[:, ids], labels_BT[:, ids], view)
-        figures[f"correct {step}"] = float(seat.over_sequence(seen.correct))
+        figures[f"correct {step}"] = float(seat.over_sequence(seen.scores.correct_M.sum()))
+        figures[f"seen {step}"] = float(seat.over_sequence(seen.cross_entropy))
     return figures
 
 

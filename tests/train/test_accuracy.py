@@ -91,15 +91,19 @@ def test_a_stopped_run_of_a_task_goes_on_bit_for_bit(settings, rows):
         assert [a.get(name) for name in names] == [b.get(name) for name in names]
 
 
-def test_right_answers_are_counted_without_all_logits_at_once(monkeypatch):
+def test_labels_are_scored_without_all_logits_at_once(monkeypatch):
     monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 50 * 8)
     hidden_MD, weight_VD, labels_M = example()
     logits_MV = hidden_MD @ weight_VD.T
     labels_M[1::3] = logits_MV.argmax(-1)[1::3]
-    expected = int((logits_MV.argmax(-1) == labels_M).sum())
+    right_M = logits_MV.argmax(-1) == labels_M
+    expected_M = torch.nn.functional.cross_entropy(logits_MV, labels_M, reduction="none")
     with LargestTensor() as largest:
-        counted = int(loss_module.count_correct(hidden_MD, weight_VD, labels_M))
-    assert counted == expected >= 12
+        loss_M, correct_M = loss_module.score_labels(hidden_MD, weight_VD, labels_M)
+    assert torch.equal(correct_M, right_M)
+    assert right_M.sum() >= 12
+    torch.testing.assert_close(loss_M, expected_M, rtol=0, atol=1e-10)
     assert largest.elements <= weight_VD.numel()
     nothing_M = torch.full_like(labels_M, IGNORE)
-    assert int(loss_module.count_correct(hidden_MD, weight_VD, nothing_M)) == 0
+    for scores in loss_module.score_labels(hidden_MD, weight_VD, nothing_M):
+        assert not scores.any()

@@ -19,15 +19,15 @@ def poison(monkeypatch):
     """Makes the losses of these steps NaN."""
 
     def make(*steps: int) -> None:
-        forward = trainer_module.Trainer._forward
+        forward = trainer_module.Trainer.forward
 
-        def poisoned(self, loader, ids):
-            losses, flops = forward(self, loader, ids)
+        def poisoned(self, batch):
+            losses, flops = forward(self, batch)
             if self.model.training and self.progress.step + 1 in steps:
                 losses = losses._replace(cross_entropy=losses.cross_entropy * math.nan)
             return losses, flops
 
-        monkeypatch.setattr(trainer_module.Trainer, "_forward", poisoned)
+        monkeypatch.setattr(trainer_module.Trainer, "forward", poisoned)
 
     return make
 

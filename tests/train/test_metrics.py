@@ -7,7 +7,6 @@ import shutil
 import sys
 import threading
 import time
-import types
 
 import pytest
 
@@ -15,6 +14,7 @@ from longctx.errors import OutsideError
 from longctx.train import lines, metrics, mirror, progress
 from longctx.train.curves import draw_loss
 from longctx.train.metrics import LogConfig, MetricsLog, write_json
+from tests.train.fake_wandb import FakeRun
 
 CONFIG = {"train": {"steps": 9, "stop_after": 0}}
 
@@ -135,19 +135,10 @@ def test_lines_wait_two_seconds(monkeypatch):
 
 @pytest.mark.parametrize("broken", ["init", "log", "finish"])
 def test_a_failing_wandb_warns_once_and_training_goes_on(tmp_path, monkeypatch, capsys, broken):
-    def call(name):
-        def run(*_args, **_kwargs):
-            if name == broken:
-                raise BrokenPipeError(f"{name} broke")
-            return fake_run
+    def fail():
+        raise BrokenPipeError(f"{broken} broke")
 
-        return run
-
-    fake_run = types.SimpleNamespace(log=call("log"), finish=call("finish"))
-    fake = types.SimpleNamespace(
-        init=call("init"), Settings=type("Settings", (dict,), {"model_fields": {}})
-    )
-    monkeypatch.setitem(sys.modules, "wandb", fake)
+    FakeRun(**{broken: fail}).install(monkeypatch)
     log = open_log(tmp_path, wandb="offline")
     log.step(row(1))
     log.step(row(2))
@@ -157,37 +148,11 @@ def test_a_failing_wandb_warns_once_and_training_goes_on(tmp_path, monkeypatch, 
     assert f"{broken} broke" in (tmp_path / "log.txt").read_text()
 
 
-class SlowRun:
-    """A W&B run whose server never answers."""
-
-    def __init__(self, slow: str) -> None:
-        self.slow, self.logged, self.answers = slow, [], threading.Event()
-
-    def log(self, _row, step):
-        self.logged.append(step)
-        self._wait("log")
-
-    def finish(self):
-        self._wait("finish")
-
-    def _wait(self, name: str) -> None:
-        if self.slow == name:
-            self.answers.wait(60)
-
-
 @pytest.mark.alone
 @pytest.mark.parametrize("slow", ["log", "finish", "init"])
 def test_a_wandb_that_hangs_delays_neither_steps_nor_the_end(tmp_path, monkeypatch, capsys, slow):
-    run = SlowRun(slow)
-
-    def init(**_options):
-        run._wait("init")
-        return run
-
-    fake = types.SimpleNamespace(
-        init=init, Settings=type("Settings", (dict,), {"model_fields": {}})
-    )
-    monkeypatch.setitem(sys.modules, "wandb", fake)
+    answers = threading.Event()
+    run = FakeRun(**{slow: lambda: answers.wait(60)}).install(monkeypatch)
     monkeypatch.setattr(mirror, "FINISH_SECONDS", 0.3)
     monkeypatch.setattr(mirror, "MOST_WAITING", 5)
     started = time.monotonic()
@@ -200,22 +165,22 @@ def test_a_wandb_that_hangs_delays_neither_steps_nor_the_end(tmp_path, monkeypat
     assert len(read_rows(tmp_path)) == 39
     assert "warning: W&B did not finish in 0.3 s" in capsys.readouterr().out
     assert mirror.is_stuck()
-    assert len(run.logged) == {"log": 1, "init": 0}.get(slow, len(run.logged))
-    run.answers.set()
-    log._mirror._thread.join()
+    assert len(run.rows) == {"log": 1, "init": 0}.get(slow, len(run.rows))
+    answers.set()
+    log._mirrors[0]._thread.join()
     assert not mirror.is_stuck()
 
 
 def test_rows_that_wandb_is_too_slow_for_are_counted(tmp_path, monkeypatch, capsys):
-    gate, run = threading.Event(), SlowRun("")
+    gate = threading.Event()
+    run = FakeRun(init=lambda: gate.wait(5)).install(monkeypatch)
     monkeypatch.setattr(mirror, "MOST_WAITING", 5)
-    monkeypatch.setattr(metrics, "start_wandb", lambda *_: gate.wait(5) and run)
     log = open_log(tmp_path, wandb="online")
     for step in range(1, 13):
         log.step(row(step))
     gate.set()
     log.close()
-    assert run.logged == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in run.rows] == [1, 2, 3, 4, 5]
     assert "warning: W&B was too slow for 7 rows" in capsys.readouterr().out
 
 

@@ -1,8 +1,5 @@
 """Sums over tokens reach mixers after each step, and the log gets their figures."""
 
-import sys
-import types
-
 import pytest
 import torch
 
@@ -10,7 +7,6 @@ from longctx.checkpoint import latest, open_checkpoint
 from longctx.mixers.softmax import Softmax, SoftmaxConfig
 from longctx.model.decoder import Decoder
 from longctx.sequence.local import LocalView
-from longctx.train.metrics import LogConfig, MetricsLog
 from longctx.train.trainer import train
 from tests.train.processes import run
 
@@ -99,21 +95,3 @@ def test_evaluation_gathers_no_statistics(settings):
     tokens, view = torch.arange(8)[None], LocalView.whole(1, 8)
     assert set(model(tokens, tokens, view).statistics) == {"0.load", "0.entropy"}
     assert model.eval()(tokens, tokens, view).statistics == {}
-
-
-def test_wandb_gets_the_elements_of_lists(tmp_path, monkeypatch):
-    logged = []
-    fake_run = types.SimpleNamespace(
-        log=lambda values, step: logged.append((step, values)), finish=lambda: None
-    )
-    fake = types.SimpleNamespace(
-        init=lambda **_: fake_run, Settings=type("Settings", (dict,), {"model_fields": {}})
-    )
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    log = MetricsLog(tmp_path, LogConfig(wandb="offline"), "tiny", {}, 0)
-    log.step({"step": 3, "loss": 2.0, "load": [0.5, 0.25], "long": [1.0] * 100})
-    log.close()
-    ((step, values),) = logged
-    assert step == 3
-    assert (values["loss"], values["load/0"], values["load/1"]) == (2.0, 0.5, 0.25)
-    assert len(values) == 3 + 64

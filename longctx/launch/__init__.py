@@ -1,0 +1,1 @@
+"""Hands trainings to a cluster's scheduler."""
