@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -56,6 +57,11 @@ def _train(settings: "Settings", stop: "StopRequest") -> int:
     except OutsideError as error:
         _complain(error)
         code = 1
+    except BaseException:
+        if is_stuck():
+            traceback.print_exc()
+            _leave(1)
+        raise
     if world_size() > 1 or is_stuck():
         _leave(code)
     return code
@@ -90,7 +96,7 @@ def check(argv: list[str]) -> int:
     settings = apply_overrides(load_settings(name), options, "longctx check")
     prepared = prepare(settings, processes)
     start = prepared.resumed or prepared.initial or "the beginning"
-    sys.stdout.write(f"{processes} processes, {prepared.split}; starts from {start}\n")
+    sys.stdout.write(f"{processes} processes: {prepared.split}; starts from {start}\n")
     return 0
 
 

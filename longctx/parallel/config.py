@@ -71,6 +71,13 @@ class Split:
     engine: str = "none"
     replicas: int = 1
 
+    def __str__(self) -> str:
+        way = self.transports
+        return (
+            f"dp {self.dp} x sp {self.sp} x tp {self.tp}, engine {self.engine}, {self.placement}, "
+            f"prefix {way.prefix}, stream {way.stream}, heads {way.heads}"
+        )
+
     def place(self, seq_len: int) -> Placement:
         """Where the parts of a sequence lie."""
         return place(self.placement, self.sp, seq_len, self.transports.heads)

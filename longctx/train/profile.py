@@ -4,7 +4,9 @@ import contextlib
 import gzip
 import json
 from collections.abc import Callable, Iterator
+from errno import EIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +18,7 @@ from longctx.parallel import Mesh
 from longctx.sequence.ranges import LAYER, Range, Ranges, Recorded
 from longctx.train.metrics import LogConfig, MetricsLog, SilentLog
 from longctx.train.profile_summary import PARTS, Profile, device_times, parts_of, summarise
+from longctx.train.watchdog import Watchdog
 
 FOLDER = "profile"
 SUMMARY = "summary.txt"
@@ -45,7 +48,9 @@ class Profiler:
         self._model = model
 
     @contextlib.contextmanager
-    def step(self, number: int, log: MetricsLog | SilentLog) -> Iterator[None]:
+    def step(
+        self, number: int, log: MetricsLog | SilentLog, watchdog: Watchdog
+    ) -> Iterator[None]:
         """What is done in this context is step `number`, on all processes alike."""
         if not self._config.profiles(number):
             yield
@@ -59,6 +64,7 @@ class Profiler:
                 yield
             if self._mesh.device.type == "cuda":
                 torch.cuda.synchronize(self._mesh.device)
+        watchdog.beat(number, "profile")
         self._write(number, recorded, traced, log)
 
     def _write(
@@ -71,8 +77,8 @@ class Profiler:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             trace = _write_trace(folder / f"rank-{rank}.json.gz", traced, recorded)
-        except OSError as error:
-            trouble = error.strerror or str(error)
+        except (OSError, ValueError) as error:
+            trouble = getattr(error, "strerror", None) or str(error)
         own = torch.tensor([*(parts[part] for part in PARTS), bool(trouble)], dtype=torch.float64)
         every = [x.tolist() for x in self._mesh.gather(own.to(self._mesh.device))]
         if rank:
@@ -143,15 +149,19 @@ def _hooks(ranges: Ranges, layer: int, kind: str) -> tuple[Callable, Callable]:
 
 def _write_trace(path: Path, traced: profile, recorded: Recorded) -> dict[str, Any]:
     """Writes what torch traced with our ranges in rows of their own; returns the trace."""
-    partial = path.with_name(f".partial-{path.stem}")
-    try:
+    with TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
+        partial = Path(folder, "trace.json")
         traced.export_chrome_trace(str(partial))
+        if not partial.exists():
+            raise OSError(EIO, "torch could not; is the disk full?")
         trace: dict[str, Any] = json.loads(partial.read_text())
-    finally:
-        partial.unlink(missing_ok=True)
     step = recorded.ranges[-1]
     events = trace["traceEvents"]
-    begin = next(e["ts"] for e in events if e.get("name") == str(step.name) and "dur" in e)
+    begin = next(
+        event["ts"]
+        for event in events
+        if event.get("cat") == "user_annotation" and event["name"] == str(step.name)
+    )
     events += _rows(recorded, begin - step.begin / MICROSECOND)
     _replace(path, gzip.compress(json.dumps(trace).encode(), compresslevel=5))
     return trace

@@ -34,12 +34,7 @@ def open_log(trainer: "Trainer") -> MetricsLog | SilentLog:
         f"({trainer.peak_source})"
     )
     if mesh.size > 1:
-        way = split.transports
-        log.info(
-            f"{mesh.size} processes: dp {split.dp} x sp {split.sp} x tp {split.tp}, engine "
-            f"{split.engine}, {split.placement}, prefix {way.prefix}, stream {way.stream}, "
-            f"heads {way.heads}"
-        )
+        log.info(f"{mesh.size} processes: {split}")
     if step:
         log.info(f"resumed at step {step}")
     return log

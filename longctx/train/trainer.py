@@ -24,6 +24,7 @@ from longctx.data import Batch, Loaders, Prefetch
 from longctx.errors import InputError, OutsideError
 from longctx.model.decoder import Losses
 from longctx.parallel import Mesh, world_size
+from longctx.parallel.mesh import is_first_here
 from longctx.parallel.variables import record_exchanges
 from longctx.train.determinism import (
     make_deterministic,
@@ -45,7 +46,7 @@ from longctx.train.profile import Profiler
 from longctx.train.replicas import check_replicas
 from longctx.train.reports import conclude, open_log
 from longctx.train.router_health import router_health
-from longctx.train.run_directory import write_config
+from longctx.train.run_directory import finished, write_config
 from longctx.train.settings import DTYPES, Settings
 from longctx.train.signals import StopRequest
 from longctx.train.sums import Sums, on_host
@@ -58,6 +59,10 @@ def train(settings: Settings, stop: StopRequest | None = None) -> str:
         with StopRequest() as stop:
             return train(settings, stop)
     device, split, loaders, resumed, initial = prepare(settings, world_size())
+    if resumed and finished(settings):
+        if is_first_here():
+            print(f"{settings.run.path}: finished before, so there is nothing to do", flush=True)
+        return ""
     record_exchanges()
     torch.manual_seed(settings.run.seed)
     if settings.train.deterministic:
@@ -116,7 +121,7 @@ class Trainer:
         with contextlib.closing(log), contextlib.closing(self._read_ahead()), watchdog:
             while progress.step < last and not stopped:
                 watchdog.beat(progress.step + 1)
-                with self.profiler.step(progress.step + 1, log):
+                with self.profiler.step(progress.step + 1, log, watchdog):
                     stopped = self._round(log, watchdog)
                 if failure := self.checkpoints.failure():
                     log.warn(f"{failure}; training goes on")
@@ -230,12 +235,12 @@ class Trainer:
             log.warn(f"step {step}: {verdict.reason} (sequences {ids[0]} to {ids[-1]})")
         if not verdict.apply:
             self.engine.discard()
-            return {"skipped": self.guard.skipped}
+            return {}
         self.checkpoints.settle()
         with self.ranges("optimizer"):
             told = {"update_norm": self.engine.update(lr)}
         told |= self.model.adapt(statistics, config.batch_size * config.seq_len)
-        return router_health(on_host(told)) | {"skipped": self.guard.skipped}
+        return router_health(on_host(told))
 
     def _metrics(self, figures: dict[str, Any], tokens: int, seconds: float) -> dict[str, Any]:
         progress, traffic = self.progress, self.mesh.ledger.total()
@@ -254,6 +259,7 @@ class Trainer:
             "peak_memory_bytes": peak_memory_bytes(self.device),
             "exchange_bytes": traffic.received,
             "exchange_calls": traffic.calls,
+            "skipped": self.guard.skipped,
         } | figures
 
     def forward(self, batch: Batch) -> tuple[Losses, int]:

@@ -28,8 +28,8 @@ LINGER_SECONDS = 1.0
 """How long the first process stays after its report: it may hold what the others still read."""
 REPORT_SECONDS = 30.0
 """A report that takes longer, on a disk that hangs for example, is given up."""
-UNHURRIED = ("checkpoint", "last checkpoint")
-"""Phases that wait for a disk, which checkpoints have a limit of their own for."""
+UNHURRIED = ("checkpoint", "last checkpoint", "profile")
+"""Phases that wait for a disk; checkpoints have a limit of their own for it."""
 WAITS = {
     "torch/distributed/": "torch.distributed",
     "deepspeed/comm/": "DeepSpeed",

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
@@ -57,6 +58,32 @@ class TwoHosts:
     ) -> list[subprocess.Popen[str]]:
         """Starts `python -m module` on `per_host` processes of each host, through torchrun."""
         return [self._start(host, per_host, port, (module, *arguments)) for host in range(2)]
+
+    def torchrun(self, per_host: int, port: int, *words: str) -> list[subprocess.Popen[str]]:
+        """Runs launch/torchrun.sh with these words on both hosts."""
+        shape = {"NNODES": "2", "NPROC_PER_NODE": str(per_host), "OMP_NUM_THREADS": "1"}
+        meeting = {"MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": str(port), "PATIENCE": "60"}
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        started = []
+        for host, (name, cable, address) in enumerate(zip(self._names, self._cables, ADDRESSES)):
+            own = {"NODE_RANK": str(host), "LOCAL_ADDR": address, "GLOO_SOCKET_IFNAME": cable}
+            process = subprocess.Popen(
+                ["ip", "netns", "exec", name, "launch/torchrun.sh", *words],
+                env=os.environ | shape | meeting | own | {"PATH": path},
+                cwd=ROOT,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+            started.append(process)
+        return started
+
+    def cut(self, seconds: float) -> None:
+        """Pulls the cable out for so long."""
+        first = ("ip", "-n", self._names[0], "link", "set", self._cables[0])
+        _run(*first, "down")
+        time.sleep(seconds)
+        _run(*first, "up")
 
     def _start(
         self, host: int, per_host: int, port: int, program: tuple[str, ...]

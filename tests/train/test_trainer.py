@@ -121,3 +121,13 @@ def test_init_from_a_missing_run_leaves_nothing(settings, tmp_path):
     with pytest.raises(InputError, match="no checkpoint"):
         train(settings(run__init_from=tmp_path / "nowhere"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_is_left_alone(settings, rows, monkeypatch, capsys):
+    config = settings(train__steps=2)
+    train(config)
+    before = rows(config)
+    monkeypatch.setattr(trainer_module, "Trainer", None)
+    assert train(config) == ""
+    assert rows(config) == before
+    assert "finished before" in capsys.readouterr().out
