@@ -51,7 +51,7 @@ with NODE_RANK=0 there; MASTER_ADDR and MASTER_PORT must be reachable from here"
     done
 fi
 
-command=("$bin/python" -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$per_node"
+command=("$bin/python" -m longctx.parallel.agent --nnodes="$nodes" --nproc-per-node="$per_node"
     --max-restarts="$restarts" --monitor-interval=0.5 --rdzv-backend=c10d --rdzv-id="$name"
     --rdzv-endpoint="$address:$port"
     --rdzv-conf="is_host=$((node == 0)),join_timeout=$patience,last_call_timeout=3")

@@ -48,9 +48,7 @@ class Profiler:
         self._model = model
 
     @contextlib.contextmanager
-    def step(
-        self, number: int, log: MetricsLog | SilentLog, watchdog: Watchdog
-    ) -> Iterator[None]:
+    def step(self, number: int, log: MetricsLog | SilentLog, watchdog: Watchdog) -> Iterator[None]:
         """What is done in this context is step `number`, on all processes alike."""
         if not self._config.profiles(number):
             yield
