@@ -28,6 +28,8 @@ from longctx.errors import OutsideError
 from longctx.parallel.box import Box
 
 T = TypeVar("T")
+LAST_SECONDS = 120.0
+"""How long a run that an error ends waits for the checkpoint that it is writing."""
 
 
 class Checkpoints:
@@ -49,6 +51,14 @@ class Checkpoints:
         if self._crew.rank == 0:
             with contextlib.suppress(OSError):
                 self._store.sweep()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        """Gives a save in the background some time if an error, but no user, ends the context."""
+        if self._thread and isinstance(error, Exception):
+            self._thread.join(LAST_SECONDS)
 
     def save(
         self, step: int, boxes: Iterable[Box], state: dict[str, Any], wait: bool = False

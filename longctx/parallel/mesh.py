@@ -1,7 +1,8 @@
 """Processes and their groups; the only reader of what a launcher puts into the environment."""
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from longctx.errors import InputError, OutsideError
 from longctx.parallel.config import Split
 from longctx.parallel.crew import GlooCrew
 from longctx.parallel.megatron import TensorGroup, drop_tensor_groups, make_tensor_group
@@ -147,6 +149,16 @@ class Mesh:
         """All processes, to speak about checkpoints beside the training; None for one alone."""
         patience = max(SECONDS_TO_WRITE, int(self._timeout.total_seconds()))
         return GlooCrew(patience) if self.size > 1 else None
+
+    @contextlib.contextmanager
+    def told_by_rank(self) -> Iterator[None]:
+        """A mistake in the input that one of several processes finds in here is told by it."""
+        try:
+            yield
+        except InputError as error:
+            if self.size == 1:
+                raise
+            raise OutsideError(f"rank {self.rank}: {error}") from error
 
     def close(self) -> None:
         """Leaves the groups."""

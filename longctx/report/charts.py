@@ -104,7 +104,8 @@ def _axes(chart: Chart, x: Scale, y: Scale) -> list[str]:
         parts.append(f'<line class="grid" x1="{x.start:g}" x2="{x.stop:g}" y1="{at}" y2="{at}"/>')
         label = written(tick, chart.unit)
         parts.append(f'<text x="{x.start - 8:g}" y="{at}" dy=".32em" class="y">{label}</text>')
-    ticks, reached = x.ticks(10 if chart.wide else 6), -math.inf
+    ticks = [tick for tick in x.ticks(10 if chart.wide else 6) if tick == int(tick)]
+    reached = -math.inf
     if not chart.log_x and ticks and x.place(ticks[0]) - x.start > 20:
         ticks.insert(0, x.low)
     for tick in ticks:

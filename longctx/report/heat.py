@@ -1,17 +1,16 @@
 """Heat maps: a small picture inside an SVG, so that many numbers take little room."""
 
 import base64
+import math
 import struct
 import zlib
 from html import escape
-from typing import Any
 
 import numpy as np
 
 from longctx.report.scales import Scale, written
 
 MOST_COLUMNS = 160
-MOST_ROWS = 64
 SIZE = (550, 200)
 LEFT, RIGHT, TOP, BOTTOM = 40, 14, 6, 40
 STOPS = (
@@ -21,15 +20,19 @@ STOPS = (
 """From the least to the largest number."""
 
 
-def draw_heat(title: str, steps: np.ndarray, lists: list[list[Any]]) -> str:
-    """One column for each stretch of steps, one row for each place in the lists."""
+def draw_heat(
+    title: str,
+    steps: np.ndarray,
+    lists: list[list[float | None]],
+    limits: tuple[float, float],
+) -> str:
+    """One column for each stretch of steps, one row for each place in the lists; the lightest and
+    the darkest colour are those of `limits`."""
     grid_RC = _grid(lists)
     columns = min(MOST_COLUMNS, grid_RC.shape[1])
     parts = np.array_split(np.arange(grid_RC.shape[1]), columns)
     means_RC = np.stack([_means(grid_RC[:, part]) for part in parts], 1)
-    known = means_RC[np.isfinite(means_RC)]
-    low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
-    data = base64.b64encode(_png(_colours(means_RC, low, high))).decode()
+    data = base64.b64encode(_png(_colours(means_RC, *limits))).decode()
     width, height = SIZE
     right, bottom = width - RIGHT, height - BOTTOM
     x = Scale(float(steps[0]), float(steps[-1]) + 1e-9, LEFT, right)
@@ -45,7 +48,7 @@ def draw_heat(title: str, steps: np.ndarray, lists: list[list[Any]]) -> str:
         f'<text class="x" x="{x.place(tick):.1f}" y="{bottom + 16}">{written(tick)}</text>'
         for tick in ticks
     ]
-    legend = f"{written(low)} (light) to {written(high)} (dark)"
+    legend = "{} (light) to {} (dark)".format(*map(written, limits))
     return (
         f'<svg class="heat" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">'
         f'<image href="data:image/png;base64,{data}" x="{LEFT}" y="{TOP}" width="{right - LEFT}" '
@@ -55,14 +58,13 @@ def draw_heat(title: str, steps: np.ndarray, lists: list[list[Any]]) -> str:
     )
 
 
-def _grid(lists: list[list[Any]]) -> np.ndarray:
+def _grid(lists: list[list[float | None]]) -> np.ndarray:
     """`[rows, columns]`; NaN where a list has no number."""
-    rows = min(MOST_ROWS, max(map(len, lists)))
+    rows = max(map(len, lists))
     grid_RC = np.full((max(rows, 1), len(lists)), np.nan)
     for column, values in enumerate(lists):
-        for row, value in enumerate(values[:rows]):
-            if isinstance(value, int | float):
-                grid_RC[row, column] = value
+        for row, value in enumerate(values):
+            grid_RC[row, column] = math.nan if value is None else value
     return grid_RC
 
 

@@ -125,15 +125,10 @@ def position_figure(runs: Sequence[Run]) -> str:
 
 def router_figures(runs: Sequence[Run]) -> list[str]:
     """Heat maps of what routers give each head, and curves of their other figures."""
-    figures = []
-    for number, run in enumerate(runs):
-        names = sorted((n for n in run.lists if n.startswith(ROUTER)), key=_by_number)
-        for name in _some(names):
-            steps, lists = run.lists[name]
-            title = name.removeprefix(ROUTER).replace("/", ", ")
-            drawn = draw_heat(f"{run.name}: {title}", steps, lists)
-            key = f'<span class="key {colour(number)}">{escape(run.name)}</span>'
-            figures.append(_figure(f"Router {title}", "row: head or part", drawn, key))
+    names = {name for run in runs for name in run.lists if name.startswith(ROUTER)}
+    figures = [
+        figure for name in _some(sorted(names, key=_by_number)) for figure in _heat(runs, name)
+    ]
     scalars = {name for run in runs for name in run.series if name.startswith(ROUTER)}
     for kind in sorted({name.rpartition("/")[2] for name in scalars} - LEFT_OUT):
         if curves := [curve for n, run in enumerate(runs) for curve in _routers(n, run, kind)]:
@@ -141,6 +136,18 @@ def router_figures(runs: Sequence[Run]) -> list[str]:
             note = "thin: each router, thick: their mean"
             figures.append(_figure(title, note, draw(Chart(title, curves)), _legend(runs)))
     return figures
+
+
+def _heat(runs: Sequence[Run], name: str) -> Iterator[str]:
+    """The same list of each run that has it, in the same colours."""
+    found = [(number, run, run.lists[name]) for number, run in enumerate(runs) if name in run.lists]
+    known = [x for *_, (_, lists) in found for each in lists for x in each if x is not None]
+    limits = min(known, default=0.0), max(known, default=1.0)
+    title = name.removeprefix(ROUTER).replace("/", ", ")
+    for number, run, (steps, lists) in found:
+        drawn = draw_heat(f"{run.name}: {title}", steps, lists, limits)
+        key = f'<span class="key {colour(number)}">{escape(run.name)}</span>'
+        yield _figure(f"Router {title}", "row: head or part", drawn, key)
 
 
 def _routers(number: int, run: Run, kind: str) -> Iterator[Curve]:
@@ -208,8 +215,8 @@ def _bad_steps(run: Run) -> Series | None:
     return Series(skipped.x[rose], skipped.y[rose])
 
 
-def _by_position(values: list) -> Series:
-    found = [(bin_start(n) or 1, v) for n, v in enumerate(values) if isinstance(v, int | float)]
+def _by_position(values: Sequence[float | None]) -> Series:
+    found = [(bin_start(n) or 1, mean) for n, mean in enumerate(values) if mean is not None]
     return Series(np.array([x for x, _ in found], float), np.array([y for _, y in found], float))
 
 

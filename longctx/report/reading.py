@@ -12,18 +12,21 @@ import numpy as np
 from longctx.errors import InputError
 from longctx.report.curves import Series
 from longctx.train.metrics import LOG_FILE, METRICS_FILE
+from longctx.train.redaction import redact
 from longctx.train.run_directory import CONFIG_FILE, SUMMARY_FILE
 
 ENVIRONMENT_FILE = "environment.json"
 WARNING = "warning:"
-MOST_LISTS = 640
+MOST_LISTS, MOST_ELEMENTS = 640, 64
+LARGEST, LAST_STEP = 1e100, 10**12
+"""Beyond these a number or a step is taken for an error."""
 Columns = dict[str, np.ndarray | dict[int, list[Any]]]
 """Numbers, NaN where there is none; or lists by their place among the rows."""
 
 
 @dataclass
 class Run:
-    """One run; what is broken or missing is told in notes."""
+    """One run, without its secrets; what is broken or missing is told in notes."""
 
     path: Path
     name: str = ""
@@ -33,8 +36,8 @@ class Run:
     config_text: str = ""
     series: dict[str, Series] = field(default_factory=dict)
     """Numbers of metrics over steps."""
-    lists: dict[str, tuple[np.ndarray, list[list[Any]]]] = field(default_factory=dict)
-    """Steps, and a list for each, of metrics that are lists."""
+    lists: dict[str, tuple[np.ndarray, list[list[float | None]]]] = field(default_factory=dict)
+    """Steps, and a list for each, of metrics that are lists; None is no number."""
     summary: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -52,8 +55,11 @@ class Run:
 
 
 def read_runs(paths: Sequence[str]) -> list[Run]:
-    """The runs in these folders; InputError for a folder that holds none."""
-    runs = [_read(Path(path)) for path in dict.fromkeys(paths)]
+    """The runs in these folders, each once; InputError for a folder that holds none."""
+    folders: dict[Path, Path] = {}
+    for path in map(Path, paths):
+        folders.setdefault(path.resolve(), path)
+    runs = [_read(path) for path in folders.values()]
     for run, name in zip(runs, _names(runs)):
         run.name = name
     return runs
@@ -67,14 +73,15 @@ def _read(path: Path) -> Run:
         hint = f"; it has folders of runs: try {path}/*" if within else ""
         raise InputError(f"{path}: holds no run, neither {CONFIG_FILE} nor {METRICS_FILE}{hint}")
     run = Run(path)
-    run.config_text = _text(run, CONFIG_FILE)
+    text = _text(run, CONFIG_FILE)
+    run.config_text = redact(text)
     try:
-        run.config = dict(_flat(tomllib.loads(run.config_text)))
+        run.config = dict(_flat(redact(tomllib.loads(text))))
     except tomllib.TOMLDecodeError as error:
         run.notes.append(f"{CONFIG_FILE} is broken: {error}")
     run.summary = _table(run, SUMMARY_FILE, "the run has not come to its end")
     run.environment = _table(run, ENVIRONMENT_FILE, "")
-    run.warnings = [x for x in _text(run, LOG_FILE).splitlines() if WARNING in x]
+    run.warnings = [redact(x) for x in _text(run, LOG_FILE).splitlines() if WARNING in x]
     _read_metrics(run)
     return run
 
@@ -104,7 +111,7 @@ def _table(run: Run, file: str, without: str) -> dict[str, Any]:
     except ValueError as error:
         run.notes.append(f"{file} is broken: {error}")
         return {}
-    return content if isinstance(content, dict) else {}
+    return redact(content) if isinstance(content, dict) else {}
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -126,11 +133,12 @@ def _read_metrics(run: Run) -> None:
         return
     for name, values in columns.items():
         if isinstance(values, np.ndarray):
-            finite = np.isfinite(values)
-            if finite.any():
-                run.series[name] = Series(steps[finite], values[finite])
+            known = np.abs(values) < LARGEST
+            if known.any():
+                run.series[name] = Series(steps[known], values[known])
         else:
-            run.lists[name] = steps[list(values)], list(values.values())
+            lists = [[as_number(x) for x in each[:MOST_ELEMENTS]] for each in values.values()]
+            run.lists[name] = steps[list(values)], lists
 
 
 def _columns_at_once(path: Path) -> Columns | None:
@@ -145,7 +153,7 @@ def _columns_at_once(path: Path) -> Columns | None:
     if "step" not in table.column_names or not arrow.types.is_integer(table["step"].type):
         return None
     steps = table["step"].to_numpy().astype(float)
-    if table["step"].null_count or (np.diff(steps) <= 0).any():
+    if table["step"].null_count or (np.diff(steps) <= 0).any() or (steps > LAST_STEP).any():
         return None
     columns: Columns = {"step": steps}
     for name in table.column_names:
@@ -167,7 +175,8 @@ def _columns_line_by_line(run: Run, path: Path) -> Columns:
             row = json.loads(line)
         except ValueError:
             row = None
-        is_row = isinstance(row, dict) and type(row.get("step")) is int and row["step"] >= 0
+        step = row.get("step") if isinstance(row, dict) else None
+        is_row = type(step) is int and 0 <= step <= LAST_STEP
         (rows if is_row else broken).append(row if is_row else number)
     if broken:
         numbers = ", ".join(map(str, broken[:5])) + (", ..." if len(broken) > 5 else "")
@@ -180,7 +189,7 @@ def _columns_line_by_line(run: Run, path: Path) -> Columns:
         if lists:
             columns[name] = {n: values[n] for n in _sample(np.array(lists))}
         else:
-            columns[name] = np.array([_number(value) for value in values])
+            columns[name] = np.array([as_number(value) for value in values], dtype=float)
     return columns
 
 
@@ -191,8 +200,6 @@ def _sample(places: np.ndarray) -> list[int]:
     return [int(place) for place in places]
 
 
-def _number(value: Any) -> float:
-    try:
-        return float(value) if isinstance(value, int | float) else float("nan")
-    except OverflowError:
-        return float("nan")
+def as_number(value: Any) -> float | None:
+    """The value if it is a number that can be drawn."""
+    return float(value) if isinstance(value, int | float) and abs(value) < LARGEST else None

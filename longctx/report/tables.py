@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from longctx.report.charts import colour
-from longctx.report.reading import Run
+from longctx.report.reading import Run, as_number
 from longctx.report.scales import Unit, written
 
 NONE = '<span class="none">&ndash;</span>'
@@ -21,8 +21,8 @@ def _summed(name: str) -> Callable[[Run], float | None]:
     """A figure of the summary, or the last of the metrics while there is none."""
 
     def find(run: Run) -> float | None:
-        value = run.summary.get(name)
-        return float(value) if isinstance(value, int | float) else run.last(name)
+        value = as_number(run.summary.get(name))
+        return run.last(name) if value is None else value
 
     return find
 
@@ -30,11 +30,6 @@ def _summed(name: str) -> Callable[[Run], float | None]:
 def _steps(run: Run) -> float | None:
     ends = [float(series.x[-1]) for series in run.series.values()]
     return max(ends, default=None)
-
-
-def _rate(run: Run) -> float | None:
-    value = _summed("tokens_per_second")(run)
-    return value if "tokens_per_second" in run.summary else run.median("tokens_per_second")
 
 
 def _seconds(run: Run) -> float | None:
@@ -52,7 +47,7 @@ FIGURES: tuple[Figure, ...] = (
     ("tokens", _summed("tokens"), "number", None),
     ("held-out loss", _summed("val_loss"), "number", min),
     ("accuracy", _summed("val_accuracy"), "percent", max),
-    ("tokens/s", _rate, "number", max),
+    ("tokens/s, median", lambda run: run.median("tokens_per_second"), "number", max),
     ("MFU, median", lambda run: run.median("mfu"), "percent", max),
     ("peak memory", _peak, "bytes", None),
     ("time of steps", _seconds, "seconds", None),
@@ -60,7 +55,7 @@ FIGURES: tuple[Figure, ...] = (
     ("parameters", _summed("parameters"), "number", None),
 )
 """Name, value, unit, and which of several values is the best."""
-CARD = ("held-out loss", "accuracy", "tokens/s", "MFU, median", "peak memory")
+CARD = ("held-out loss", "accuracy", "tokens/s, median", "MFU, median", "peak memory")
 
 
 def cards(runs: Sequence[Run]) -> str:

@@ -30,6 +30,6 @@ class Board:
             if name != "step" and isinstance(value, int | float):
                 self._writer.add_scalar(name, value, row["step"])
 
-    def finish(self) -> None:
+    def finish(self, failed: bool) -> None:
         """Writes what is left."""
         self._writer.close()

@@ -12,7 +12,7 @@ import torch
 
 import longctx
 from longctx.errors import OutsideError
-from longctx.train.redaction import redact
+from longctx.train.redaction import redact, redact_source
 
 GIT_SECONDS = 10
 CHANGES_FILE = "changes.patch"
@@ -43,7 +43,8 @@ def describe() -> dict:
 
 
 def write_changes(folder: Path, source: Path = Path(__file__)) -> None:
-    """Writes what differs from the commit, in files that git tracks, as `git apply` reads it.
+    """Writes what differs from the commit, in files that git tracks, as `git apply` reads it, but
+    for secrets that are written out there.
 
     Nothing where nothing differs, and nothing for an installed package.
     """
@@ -52,6 +53,8 @@ def write_changes(folder: Path, source: Path = Path(__file__)) -> None:
     try:
         file.unlink(missing_ok=True)
         if patch:
+            text = patch.decode(errors="surrogateescape")
+            patch = redact_source(text).encode(errors="surrogateescape")
             if len(patch) > MOST_CHANGES:
                 patch = patch[:MOST_CHANGES] + f"\ncut: {len(patch)} bytes\n".encode()
             file.write_bytes(patch)

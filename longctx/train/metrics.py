@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -111,10 +112,14 @@ class MetricsLog:
         self.info(f"warning: {text}")
 
     def close(self) -> None:
-        """Show the last step and close files, console and mirrors."""
+        """Show the last step and close files, console and mirrors, which learn of an exception that
+        ends the run."""
+        error = sys.exc_info()[1]
         self._show(self._progress.close)
+        if error:
+            self._write_log(redact(f"warning: ended by {type(error).__name__}: {error}"))
         for mirror in self._mirrors:
-            mirror.close()
+            mirror.close(failed=error is not None)
         self._warn_of_troubles()
         self._metrics.close()
         if self._metrics.lost:

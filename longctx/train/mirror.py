@@ -27,8 +27,8 @@ class Sink(Protocol):
     def log(self, row: dict) -> None:
         """Takes a row."""
 
-    def finish(self) -> None:
-        """Takes note that there are no more."""
+    def finish(self, failed: bool) -> None:
+        """Takes note that there are no more, and whether because the run failed."""
 
 
 class Mirror:
@@ -38,6 +38,7 @@ class Mirror:
     def __init__(self, name: str, start: Callable[[], Sink], when_late: str = "") -> None:
         self._name, self._start, self._when_late = name, start, when_late
         self._error, self._news, self._dropped = "", "", 0
+        self._begun, self._failed = False, False
         self._rows: queue.Queue[dict | None] = queue.Queue(MOST_WAITING)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name=THREAD, daemon=True)
@@ -62,14 +63,16 @@ class Mirror:
         news, self._news = self._news, ""
         return news
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """Lets the sink take what waits, for a few seconds."""
+        self._failed = failed
         self._closing.set()
         with contextlib.suppress(queue.Full):
             self._rows.put_nowait(None)
         self._thread.join(FINISH_SECONDS)
         if self._thread.is_alive():
-            self._error = f"{self._name} did not finish in {FINISH_SECONDS:g} s{self._when_late}"
+            late = self._when_late if self._begun else "; it had not begun and has no rows"
+            self._error = f"{self._name} did not finish in {FINISH_SECONDS:g} s{late}"
         elif self._dropped:
             self._error = self._error or f"{self._name} was too slow for {self._dropped} rows"
 
@@ -79,13 +82,16 @@ class Mirror:
     def _work(self) -> None:
         try:
             sink = self._start()
+            self._begun = True
             self._news = f"{self._name}: {sink.place}"
             self._complain(sink.trouble)
-            while (row := self._rows.get()) is not None:
-                sink.log(row)
-                if self._closing.is_set() and self._rows.empty():
-                    break
-            sink.finish()
+            try:
+                while (row := self._rows.get()) is not None:
+                    sink.log(row)
+                    if self._closing.is_set() and self._rows.empty():
+                        break
+            finally:  # a sink that is left open could keep the program from ending
+                sink.finish(self._failed)
         except Exception as error:
             kind = type(error).__name__
             self._complain(f"failed and is off for the rest of the run: {kind}: {error}")

@@ -8,14 +8,18 @@ import re
 from typing import Any
 
 HIDDEN = "[redacted]"
-_NAME = r"[\w.-]*(?:[_-](?:key|token)|apikey|secret[\w-]*|passw(?:or)?d[\w-]*|credentials?[\w-]*)"
-_IN_QUERY = r"[?&;](?:[\w.-]*(?:key|key_?id|token|signature|sig))"
+_TAIL = r"[\w-]{0,64}"
+_ENDING = rf"(?:(?<=\w)[_-](?:key|token)|apikey|(?:secret|passw(?:or)?d|credential){_TAIL})"
+"""What a name of a secret ends with; bounds keep the time of a search in proportion to the text."""
+_IN_QUERY = r"[?&;][\w.-]{0,64}(?:key|key_?id|token|signature|sig)"
 _VALUE = r"(?:\"[^\"]*\"|'[^']*'|[^\s&;,\"')]+)"
-_SECRET_NAME = re.compile(_NAME, re.IGNORECASE)
-_ASSIGNED = re.compile(rf"({_IN_QUERY}=|\b{_NAME}['\"]?\s*[=:]\s*){_VALUE}", re.IGNORECASE)
-_OPTION = re.compile(rf"(--{_NAME}\s+){_VALUE}", re.IGNORECASE)
-_USER_OF_URL = re.compile(r"://(?:[^\s/@]+@|[^\s/@:]+:[^\s@]+@)")
-_BEARER = re.compile(r"\b(bearer\s+)[\w.~+/-]{8,}=*", re.IGNORECASE)
+_IS = rf"{_ENDING}['\"]?\s{{0,9}}[=:]\s{{0,9}}"
+_SECRET_NAME = re.compile(rf"[\w.-]*{_ENDING}", re.IGNORECASE)
+_ASSIGNED = re.compile(rf"({_IN_QUERY}=|{_IS}){_VALUE}", re.IGNORECASE)
+_WRITTEN_OUT = re.compile(rf"({_IS})(?:\"[^\"\n]+\"|'[^'\n]+')", re.IGNORECASE)
+_OPTION = re.compile(rf"(--[\w.-]{{0,80}}{_ENDING}\s{{1,9}}){_VALUE}", re.IGNORECASE)
+_USER_OF_URL = re.compile(r"://(?:[^\s/@]{1,999}@|[^\s/@:]{1,99}:[^\s@]{1,999}@)")
+_BEARER = re.compile(r"\b(bearer\s{1,9})[\w.~+/-]{8,}=*", re.IGNORECASE)
 
 
 def redact(value: Any) -> Any:
@@ -31,6 +35,13 @@ def redact(value: Any) -> Any:
         words = _redact_words(value)
         return words if isinstance(value, list) else tuple(words)
     return value
+
+
+def redact_source(text: str) -> str:
+    """Source code with secrets that are written out hidden; `api_key = read()` stays."""
+    text = _USER_OF_URL.sub(f"://{HIDDEN}@", text)
+    text = _WRITTEN_OUT.sub(rf'\g<1>"{HIDDEN}"', text)
+    return _BEARER.sub(rf"\g<1>{HIDDEN}", text)
 
 
 def _redact_value(key: Any, value: Any) -> Any:

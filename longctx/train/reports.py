@@ -9,7 +9,6 @@ from longctx.config import to_dict
 from longctx.model.cache import cache_bytes
 from longctx.train.curves import draw_loss
 from longctx.train.environment import describe, write_changes
-from longctx.train.evaluate import evaluate
 from longctx.train.metrics import MetricsLog, SilentLog, write_json
 from longctx.train.run_directory import SUMMARY_FILE
 
@@ -43,7 +42,7 @@ def open_log(trainer: "Trainer") -> MetricsLog | SilentLog:
 def conclude(trainer: "Trainer", log: MetricsLog | SilentLog) -> None:
     """Writes the summary and the picture."""
     settings, progress, mesh = trainer.settings, trainer.progress, trainer.mesh
-    results, cached = evaluate(trainer), _cache_bytes_per_token(trainer)
+    results, cached = trainer.evaluate(), _cache_bytes_per_token(trainer)
     if mesh.rank:
         return
     folder, entropy = settings.run.path, trainer.loaders.unigram_entropy

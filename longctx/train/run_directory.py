@@ -48,7 +48,7 @@ def finished(settings: Settings) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError):
         return None
     last = min(settings.train.stop_after or settings.train.steps, settings.train.steps)
-    return summary if summary["step"] >= last else None
+    return summary if summary.get("step", 0) >= last else None
 
 
 def write_config(settings: Settings, tokenizer: Tokenizer | None = None) -> None:

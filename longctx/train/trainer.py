@@ -4,24 +4,19 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from longctx.checkpoint import (
     Address,
-    Checkpoint,
     Checkpoints,
-    check_model,
     latest,
-    load_random,
-    open_checkpoint,
     random_boxes,
 )
 from longctx.config import to_dict
 from longctx.data import Batch, Loaders, Prefetch
-from longctx.errors import InputError, OutsideError
+from longctx.errors import OutsideError
 from longctx.model.decoder import Losses
 from longctx.parallel import Mesh, world_size
 from longctx.parallel.mesh import is_first_here
@@ -49,6 +44,7 @@ from longctx.train.router_health import router_health
 from longctx.train.run_directory import finished, write_config
 from longctx.train.settings import DTYPES, Settings
 from longctx.train.signals import StopRequest
+from longctx.train.starting import Progress, start
 from longctx.train.sums import Sums, on_host
 from longctx.train.watchdog import Watchdog
 
@@ -71,26 +67,13 @@ def train(settings: Settings, stop: StopRequest | None = None) -> str:
         keep_freed_memory()
     mesh = Mesh(split, device, settings.parallel.timeout_seconds)
     trainer = Trainer(settings, loaders, mesh, stop)
-    trainer.agree_on(resumed or initial)
-    if resumed:
-        trainer.load(resumed)
-    elif initial:
-        trainer.load_weights(initial)
+    start(trainer, resumed, initial)
     if mesh.rank == 0:
         write_config(settings, loaders.tokenizer)
-    with naming_nondeterminism():
+    with naming_nondeterminism(), mesh.told_by_rank():
         stopped_by = trainer.run()
     mesh.close()
     return stopped_by
-
-
-@dataclass
-class Progress:
-    """How far a run has come."""
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
 
 
 class Trainer:
@@ -106,6 +89,7 @@ class Trainer:
         self.checkpoints = Checkpoints(settings.checkpoints, settings.checkpoint, self.crew)
         self.segments = mesh.segments(settings.train.seq_len)
         self.progress = Progress()
+        self._evaluated: tuple[int, dict[str, Any]] = (-1, {})
         self.guard = Guard(settings.faults, self._last_good)
         self.profiler = Profiler(settings.log, settings.run.path, mesh, self.model)
         self.ranges = mesh.ledger.ranges
@@ -118,7 +102,8 @@ class Trainer:
         last = min(settings.train.stop_after or math.inf, settings.train.steps)
         log, stopped, self.saved = open_log(self), False, progress.step
         watchdog = Watchdog(settings.faults, settings.run.path, self.mesh, self.stop)
-        with contextlib.closing(log), contextlib.closing(self._read_ahead()), watchdog:
+        ahead = contextlib.closing(self._read_ahead())
+        with contextlib.closing(log), ahead, watchdog, self.checkpoints:
             while progress.step < last and not stopped:
                 watchdog.beat(progress.step + 1)
                 with self.profiler.step(progress.step + 1, log, watchdog):
@@ -143,7 +128,7 @@ class Trainer:
         if self._ends(settings.eval.every) or progress.step == settings.train.steps:
             watchdog.beat(progress.step, "evaluation")
             with self.ranges("evaluation"):
-                row |= evaluate(self)
+                row |= self.evaluate()
         log.step(row)
         if self._ends(settings.faults.check_replicas_every):
             self._check_replicas()
@@ -152,6 +137,12 @@ class Trainer:
             with self.ranges("checkpoint"):
                 self._try_to_save(log)
         return stopped
+
+    def evaluate(self) -> dict[str, Any]:
+        """What `evaluate` tells of the weights after the last step, computed once."""
+        if self._evaluated[0] != self.progress.step:
+            self._evaluated = self.progress.step, evaluate(self)
+        return self._evaluated[1]
 
     def _read_ahead(self) -> Prefetch:
         ahead, pin = self.settings.data.prefetch, self.device.type == "cuda"
@@ -301,40 +292,6 @@ class Trainer:
         }
         boxes = self.engine.boxes() + random_boxes(self.mesh.rank)
         self.checkpoints.save(progress.step, boxes, state)
-
-    def agree_on(self, start: Address | None) -> None:
-        """Raises OutsideError unless all processes found the same checkpoint to start from."""
-        found = self.crew.gather(str(start).encode()) if self.crew else []
-        if len(set(found)) > 1:
-            names = ", ".join(sorted({name.decode() for name in found}))
-            raise OutsideError(
-                f"rank {self.mesh.rank}: processes see different checkpoints to start from "
-                f"({names}): wait until all hosts see the same folder, and start again"
-            )
-
-    def load(self, path: Address) -> None:
-        """Goes back to a checkpoint: weights, optimizer, random state and place in the data."""
-        with contextlib.closing(open_checkpoint(path, self.crew)) as checkpoint:
-            self._load(checkpoint, weights_only=False)
-            load_random(checkpoint, self.mesh.rank)
-            state = checkpoint.state
-        try:
-            self.progress = Progress(state["step"], state["tokens"], state["seconds"])
-            self.guard.load(state["guard"])
-            self.loaders.load_state(state["data"])
-        except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"{path}/state.json: lacks {error}; it is not of this version of longctx"
-            ) from error
-
-    def load_weights(self, path: Address) -> None:
-        """Starts from the weights of another run."""
-        with contextlib.closing(open_checkpoint(path, self.crew)) as checkpoint:
-            self._load(checkpoint, weights_only=True)
-
-    def _load(self, checkpoint: Checkpoint, weights_only: bool) -> None:
-        check_model(checkpoint, {name: part.shape for name, part in self.engine.weights().items()})
-        self.engine.load(checkpoint.read, checkpoint.names, weights_only)
 
     def _last_good(self) -> Address | None:
         """The newest checkpoint, also if it is still being written."""

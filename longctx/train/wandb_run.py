@@ -58,9 +58,9 @@ class WandbRun:
         """Numbers, and at evaluations the tables."""
         self._run.log(flat(row) | (self._tables(row) if "val_loss" in row else {}))
 
-    def finish(self) -> None:
+    def finish(self, failed: bool) -> None:
         """Sends what is left."""
-        self._run.finish()
+        self._run.finish(exit_code=int(failed))
 
     def _tables(self, row: dict) -> dict[str, Any]:
         tables = {"loss_by_position": position_table(row), "router_health": health_table(row)}

@@ -129,36 +129,6 @@ def test_only_fields_that_differ_are_listed_before_the_whole_configs(two):
     assert html.count("pattern = &quot;LLLS&quot;") == 2
 
 
-def test_a_broken_line_is_left_out_and_told_with_its_number(two):
-    lines = (two[0] / "metrics.jsonl").read_text().splitlines()
-    lines[9] = lines[9][:20]
-    lines[19] = '{"loss": 1.0}'
-    lines.append('{"step": 61, "loss": 123.5}')
-    (two[0] / "metrics.jsonl").write_text("\n".join(lines))
-    run = read_runs([str(two[0])])[0]
-    assert run.notes == ["metrics.jsonl: left out 2 broken lines: 10, 20"]
-    assert run.last("loss") == 123.5
-    assert len(run.series["loss"].x) == 59
-    html, _ = page_of(two[0])
-    assert "left out 2 broken lines: 10, 20" in html
-
-
-def test_a_file_reads_the_same_at_once_and_line_by_line(two):
-    whole = read_runs([str(two[0])])[0]
-    path = two[0] / "metrics.jsonl"
-    path.write_text(path.read_text() + "{\n")
-    by_line = read_runs([str(two[0])])[0]
-    assert whole.notes == []
-    assert whole.series.keys() == by_line.series.keys()
-    for name, series in whole.series.items():
-        assert np.array_equal(series.x, by_line.series[name].x), name
-        assert np.array_equal(series.y, by_line.series[name].y), name
-    assert whole.lists.keys() == by_line.lists.keys() == {"router/3/load", "val_loss_by_position"}
-    for name, (steps, lists) in whole.lists.items():
-        assert np.array_equal(steps, by_line.lists[name][0])
-        assert lists == by_line.lists[name][1]
-
-
 def test_a_run_that_has_just_begun_has_a_page(tmp_path):
     folder = make_run(tmp_path / "a")
     for name in ("metrics.jsonl", "summary.json", "environment.json", "log.txt"):
@@ -169,19 +139,16 @@ def test_a_run_that_has_just_begun_has_a_page(tmp_path):
     page_of(folder)
 
 
-def test_odd_metrics_do_no_harm(tmp_path):
-    folder = make_run(tmp_path / "a")
-    odd = {"lr": None, "mfu": "high", "grad_norm": True, "router/3/load": [], "x": {"a": 1}}
-    odd |= {"loss": 10**400, "exchange_bytes": -5, "val_loss_by_position": [None], "y": [["a"]]}
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(row(61, **odd)) + "\n")
-        file.write('{"step": 62, "loss": NaN, "lr": Infinity}\n')
-    page_of(folder)
-
-
-def test_runs_of_one_name_are_told_apart(tmp_path):
-    runs = read_runs([str(make_run(tmp_path / name)) for name in ("a", "b")])
-    assert [run.name for run in runs] == [f"one ({run.path})" for run in runs]
+def test_the_same_router_of_two_runs_has_the_same_colours_side_by_side(tmp_path):
+    folders = [make_run(tmp_path / name, name=name) for name in ("a", "b")]
+    more = {"router/3/load": [0.9, 0.0], "router/4/load": [0.5]}
+    with (folders[1] / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row(61, **more)) + "\n")
+    html, _ = page_of(*folders)
+    heats = re.findall(r'class="heat".*?aria-label="([^"]*)".*?step; ([^<]*)<', html)
+    assert heats[0] == ("a: 3, load", "0 (light) to 0.9 (dark)")
+    assert [title for title, _ in heats] == ["a: 3, load", "b: 3, load", "b: 4, load"]
+    assert heats[1][1] == heats[0][1]
 
 
 @pytest.mark.parametrize("content", [None, "other"])
@@ -280,7 +247,8 @@ def test_smoothing_is_the_plain_mean_of_its_neighbours():
 
 
 def test_a_heat_map_has_the_colours_of_its_numbers():
-    drawn = draw_heat("t", np.array([1.0, 2.0, 3.0]), [[0.0, 1.0], [1.0, None], [1.0, 0.0]])
+    lists = [[0.0, 1.0], [1.0, None], [1.0, 0.0]]
+    drawn = draw_heat("t", np.array([1.0, 2.0, 3.0]), lists, (0.0, 1.0))
     data = base64.b64decode(re.search(r"base64,([^\"]*)", drawn)[1])
     columns, rows = struct.unpack(">II", data[16:24])
     assert (columns, rows) == (3, 2)
@@ -317,3 +285,8 @@ def test_numbers_are_written_for_people():
     assert bounds([1.0, 10.0], log=False, to_zero=True)[0] == 0
     assert bounds([5.0, 5.0], log=False) == (0.0, 6.0)
     assert bounds([4.0, 4.0], log=True)[0] < 4 < bounds([4.0, 4.0], log=True)[1]
+
+
+def test_steps_are_whole_numbers(tmp_path):
+    html, _ = page_of(make_run(tmp_path / "a", steps=1))
+    assert set(re.findall(r'class="x">([^<]*)<', charts(html)["Gradient norm"])) == {"1", "2"}

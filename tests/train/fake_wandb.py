@@ -22,8 +22,9 @@ class FakeRun:
         self.rows.append(row)
         self._call("log")
 
-    def finish(self) -> None:
-        """Nothing."""
+    def finish(self, exit_code: int) -> None:
+        """Keeps how it ended."""
+        self.exit_code = exit_code
         self._call("finish")
 
     def define_metric(self, name: str, step_metric: str | None = None) -> None:

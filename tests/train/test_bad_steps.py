@@ -1,12 +1,15 @@
 """What a whole run does about steps that are not finite, left out, or differ between replicas."""
 
 import math
+import threading
+import time
 
 import pytest
 import torch
 
 from longctx.checkpoint import open_checkpoint, saving
-from longctx.errors import OutsideError
+from longctx.data.loader import Loader
+from longctx.errors import InputError, OutsideError
 from longctx.train import trainer as trainer_module
 from longctx.train.trainer import train
 from tests.train.processes import exit_codes, start
@@ -75,6 +78,7 @@ def test_left_out_steps_pass_without_training(settings, rows):
     assert [row["step"] for row in table] == list(range(1, 11))
     assert [row["loss"] is None for row in table] == [False] * 2 + [True] * 2 + [False] * 6
     assert table[3]["tokens"] == table[1]["tokens"]
+    assert [row["skipped"] for row in table] == [0] * 10
     whole = settings("whole", **TEN)
     train(whole)
     assert table[1]["loss"] == rows(whole)[1]["loss"]
@@ -139,3 +143,41 @@ def test_replicas_that_differ_end_the_run(settings, capfd):
     message = capfd.readouterr().err
     assert "norm.weight" in message
     assert "ranks 0-1" in message
+
+
+@pytest.mark.cluster
+def test_data_that_one_process_cannot_read_is_told_by_it(settings, capfd):
+    config = settings(**TEN)
+
+    def damage(rank: int) -> None:
+        def fails(self, ids, segments):
+            if rank == 1 and ids[0] >= 12:
+                raise InputError("shard-3.bin: changed since it was tokenised")
+            return read(self, ids, segments)
+
+        read, Loader.read = Loader.read, fails
+
+    assert exit_codes(start(2, config, damage)) == [1, 1]
+    assert "rank 1: shard-3.bin: changed since it was tokenised" in capfd.readouterr().err
+
+
+def test_an_error_that_ends_a_run_is_in_its_log_and_costs_no_checkpoint(settings, monkeypatch):
+    def fails(self, ids, segments):
+        if ids[0] >= 8:
+            raise InputError("s3://me:hunter2@store: changed since it was tokenised")
+        return read(self, ids, segments)
+
+    def slowly(*arguments):
+        time.sleep(0.3)
+        return write(*arguments)
+
+    read, write = Loader.read, saving.write_shard
+    monkeypatch.setattr(Loader, "read", fails)
+    monkeypatch.setattr(saving, "write_shard", slowly)
+    config = settings(checkpoint__every=2, **TEN)
+    with pytest.raises(InputError):
+        train(config)
+    text = (config.run.path / "log.txt").read_text()
+    assert "warning: ended by InputError: s3://[redacted]@store: changed since" in text
+    assert (config.run.path / "checkpoints/step-2").is_dir()
+    assert not [x.name for x in threading.enumerate() if x.name in ("read ahead", "watchdog")]

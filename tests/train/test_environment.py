@@ -54,3 +54,16 @@ def test_files_outside_a_checkout_have_no_patch(tmp_path):
     (tmp_path / "source.py").touch()
     write_changes(tmp_path, tmp_path / "source.py")
     assert not (tmp_path / CHANGES_FILE).exists()
+
+
+def test_a_patch_has_no_secret_and_leaves_code_alone(checkout, tmp_path):
+    git, source = checkout
+    code = "token = read()\npad_token: str = ''\nmax_token = 5\nkey_token = other_token\n"
+    secrets = "url = 's3://me:hunter2@bucket'\napi_key = \"hunter2\"\n# Bearer hunter2hunter2\n"
+    source.write_text(code + secrets)
+    write_changes(tmp_path, source)
+    git("checkout", "source.py")
+    git("apply", str(tmp_path / CHANGES_FILE))
+    assert code in source.read_text()
+    assert "hunter2" not in source.read_text()
+    assert "s3://[redacted]@bucket" in source.read_text()

@@ -7,7 +7,7 @@ import torch
 
 from longctx.data import IGNORE
 from longctx.sequence.local import LocalView
-from longctx.train import reports
+from longctx.train import trainer as trainer_module
 from longctx.train.evaluate import bin_starts, evaluate
 from longctx.train.trainer import train
 from tests.train.processes import run
@@ -41,7 +41,7 @@ def last_evaluation(monkeypatch):
         seen.update(model=trainer.model, batches=batches)
         return told
 
-    monkeypatch.setattr(reports, "evaluate", noting)
+    monkeypatch.setattr(trainer_module, "evaluate", noting)
     return seen
 
 

@@ -1,10 +1,12 @@
 """What W&B and TensorBoard are told, by packages that keep it."""
 
+import contextlib
 import sys
 
 import pytest
 
-from longctx.train import mirror
+from longctx import cli
+from longctx.train import mirror, trainer
 from longctx.train.metrics import LogConfig, MetricsLog
 from longctx.train.mirror import flat
 from longctx.train.redaction import HIDDEN
@@ -120,3 +122,37 @@ def test_tensorboard_gets_the_numbers(tmp_path):
     config = board.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "bucket" in config
     assert "hunter2" not in config
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+def test_wandb_learns_whether_the_run_failed(tmp_path, monkeypatch, error):
+    run = FakeRun().install(monkeypatch)
+    log = MetricsLog(tmp_path, LogConfig(wandb="offline"), "tiny", RESOLVED, 0)
+    with contextlib.suppress(RuntimeError, KeyboardInterrupt), contextlib.closing(log):
+        if error:
+            raise error
+    assert run.exit_code == int(error is not None)
+
+
+def test_a_mirror_that_hangs_does_not_keep_a_failed_run_alive(monkeypatch, capsys):
+    def fails(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(trainer, "train", fails)
+    monkeypatch.setattr(cli, "_leave", sys.exit)
+    with pytest.raises(RuntimeError):
+        cli.main(["train", "tiny"])
+    monkeypatch.setattr(mirror, "is_stuck", lambda: True)
+    with pytest.raises(SystemExit, match="1"):
+        cli.main(["train", "tiny"])
+    assert "RuntimeError: out of memory" in capsys.readouterr().err
+
+
+def test_a_mirror_that_fails_leaves_no_run_of_wandb_open(tmp_path, monkeypatch, capsys):
+    def fails() -> None:
+        raise ValueError("no such row")
+
+    run = FakeRun(log=fails).install(monkeypatch)
+    log_rows(tmp_path, LogConfig(wandb="offline"), [{"step": 1}])
+    assert run.exit_code == 0
+    assert capsys.readouterr().out.count("warning: W&B failed") == 1

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
@@ -19,7 +20,8 @@ from tests.train.processes import run_work
 
 pytestmark = pytest.mark.cluster
 
-SECRET = "https://me:hunter2@store"
+PASSWORD = uuid4().hex
+"""Which no changed source can have, of which a run keeps a copy."""
 TINY = {"train.seq_len": 48, "train.batch_size": 2, "model.width": 32, "eval.sequences": 2}
 
 
@@ -65,7 +67,16 @@ def command(run_dir, corpus, **options) -> list[str]:
     """What trains a small model in a process of its own."""
     options = TINY | {"run.dir": run_dir, "data.path": corpus, "log.wandb": "offline"} | options
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-    return [sys.executable, "-m", "longctx", "train", "tiny", *words, "--log.tags", SECRET]
+    return [
+        sys.executable,
+        "-m",
+        "longctx",
+        "train",
+        "tiny",
+        *words,
+        "--log.tags",
+        f"s3://me:{PASSWORD}@x",
+    ]
 
 
 def kill_with_children(process: subprocess.Popen) -> None:
@@ -97,7 +108,7 @@ def test_offline_files_hold_the_rows_of_the_record_also_after_a_resume(tmp_path,
     told = [path for path in run_dir.rglob("*") if path.is_file() and path.name != "config.toml"]
     told = [path for path in told if "checkpoints" not in path.parts]
     assert len(told) > 10
-    assert not [path for path in told if b"hunter2" in path.read_bytes()]
+    assert not [path for path in told if PASSWORD.encode() in path.read_bytes()]
 
 
 def test_a_killed_run_loses_nothing_of_the_record_and_a_moment_of_wandb(tmp_path, corpus):
