@@ -25,7 +25,7 @@ def tokenize(path: str, argv: list[str]) -> None:
     config = apply_overrides(TokenizeConfig(), argv, "longctx data tokenize")
     done = run(path, config, show=sys.stdout.isatty())
     totals = done.totals
-    sys.stdout.write(
+    _say(
         f"{config.output}: {totals.documents:,} documents, {totals.tokens:,} tokens; "
         f"{totals.skipped:,} rows or files without text left out\n"
     )
@@ -62,9 +62,7 @@ def train_tokenizer(path: str, argv: list[str]) -> None:
 
     config = apply_overrides(TrainTokenizerConfig(), argv, "longctx data train-tokenizer")
     done = learn(path, config)
-    sys.stdout.write(
-        f"{config.output}: {done.vocab_size:,} tokens, learnt from {done.text_bytes:,} bytes\n"
-    )
+    _say(f"{config.output}: {done.vocab_size:,} tokens, learnt from {done.text_bytes:,} bytes\n")
 
 
 SUBCOMMANDS: dict[str, Callable[[str, list[str]], None]] = {
@@ -85,6 +83,11 @@ def run(argv: list[str]) -> int:
         known = ", ".join(SUBCOMMANDS)
         raise InputError(f"longctx data {name}: no such subcommand; there are {known}")
     path = options.pop(0) if options and not options[0].startswith("-") else ""
+    if path and options and not options[0].startswith("-"):
+        raise InputError(
+            f"longctx data {name} takes one PATH, not {path} and {options[0]}: quote a glob so "
+            "that the shell leaves it alone"
+        )
     try:
         SUBCOMMANDS[name](path, options)
     except InputError as error:
@@ -102,7 +105,13 @@ def _print(rows: Rows) -> None:
     """All rows, once all are known: what is refused prints nothing."""
     table = list(rows)
     width = max(len(label) for label, _ in table)
-    sys.stdout.write("".join(f"{label:{width}}  {value}\n" for label, value in table))
+    _say("".join(f"{label:{width}}  {value}\n" for label, value in table))
+
+
+def _say(text: str) -> None:
+    """Prints a text, whatever names are in it that a terminal cannot show."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def _usage() -> str:

@@ -1,6 +1,6 @@
 """The `[data]` table."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from longctx.config.steps import range_of_steps
@@ -52,7 +52,8 @@ class DataConfig(SourceConfig):
     """A tokenizer.json, a SentencePiece .model, or bytes; ids:N stands for ids below N without a
     text. Empty means bytes for text, and for tokens the one that made them."""
     validation_path: str = ""
-    """Held-out documents, in the format of `path`; empty holds out a share of `path`."""
+    """Held-out documents, read as `path` is (format, column and so on of [data], not of a mixture's
+    sources); empty holds out a share of `path`."""
     validation_percent: int = 5
     """Share of the documents, or of a task's sequences, held out, chosen by a hash; 1 to 50."""
     document_reset: bool = True
@@ -107,6 +108,8 @@ class DataConfig(SourceConfig):
                 f"data.path = {self.path!r} and [data.mixture]: leave one of them out; a mixture "
                 "names a path for each source"
             )
+        if self.mixture and not self.validation_path:
+            self._check_source_unset()
         for text in self.skip_steps:
             range_of_steps(text, "data.skip_steps")
         if self.task:
@@ -118,7 +121,16 @@ class DataConfig(SourceConfig):
 
     def sources(self) -> dict[str, SourceConfig]:
         """All sources by name; the only one of a table without a mixture has the name ""."""
-        return dict(self.mixture) or {"": self}
+        # Sorted, as two tables that differ in the order of their sources are equal.
+        return dict(sorted(self.mixture.items())) or {"": self}
+
+    def _check_source_unset(self) -> None:
+        for setting in fields(SourceConfig):
+            if getattr(self, setting.name) != setting.default:
+                raise InputError(
+                    f"data.{setting.name} = {getattr(self, setting.name)!r} has no effect beside "
+                    f"[data.mixture]: set {setting.name} for each of its sources"
+                )
 
     def _check_task(self) -> None:
         task, pairs, answers = self.task, self.pairs, self.answers

@@ -17,8 +17,9 @@ MAX_EMBEDDED_BYTES = 2_000_000
 FOREIGN_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
 GLOB_CHARACTERS = "*?["
 HUB = "hf://"
-SAVED_DATASETS = ("dataset_info.json", "state.json", "dataset_dict.json")
-ROWS = {".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".parquet": "parquet"}
+SAVED_DATASETS = (("dataset_info.json", "state.json"), ("dataset_dict.json",))
+ROWS = {".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".json.gz": "jsonl", ".parquet": "parquet"}
+NO_TEXT = {".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".tar", ".tgz", ".arrow"}
 
 
 def tell_format(source: SourceConfig) -> Format:
@@ -39,7 +40,11 @@ def tell_format(source: SourceConfig) -> Format:
             return "datasets"
     if is_indexed(source.path):
         return "megatron"
-    return _format_of(list(find_files(source.path)), source.path)
+    files = find_files(source.path)
+    kind = _format_of(list(files), source.path)
+    if kind == "text":
+        _refuse_no_text(files, source.path)
+    return kind
 
 
 def settled(source: SourceConfig) -> SourceConfig:
@@ -49,7 +54,7 @@ def settled(source: SourceConfig) -> SourceConfig:
 
 def is_saved_dataset(path: Path) -> bool:
     """Whether the datasets library saved this folder."""
-    return any(os.path.isfile(path / name) for name in SAVED_DATASETS)
+    return any(all(os.path.isfile(path / name) for name in names) for names in SAVED_DATASETS)
 
 
 def is_indexed(prefix: str) -> bool:
@@ -102,6 +107,21 @@ def _format_of(names: list[str], path: str) -> Format:
     )
 
 
+def _refuse_no_text(files: dict[str, Path], path: str) -> None:
+    """InputError for files that names tell to be no text."""
+    for name, file in files.items():
+        if file.suffix in NO_TEXT:
+            raise InputError(
+                f"data.path = {path!r}: {name} is no plain text; choose other files with a glob, "
+                'or set data.format = "text" to take its bytes for text'
+            )
+        if file.suffix in (".bin", ".idx") and is_indexed(str(file.with_suffix(""))):
+            raise InputError(
+                f"data.path = {path!r}: {name} holds token ids, not text; name a whole folder of "
+                f"tokens, or Megatron's files without .bin and .idx, as in {file.with_suffix('')}"
+            )
+
+
 def _kind(name: str) -> str:
     kinds = (kind for suffix, kind in ROWS.items() if name.endswith(suffix))
     return next(kinds, "json" if name.endswith(".json") else "text")
@@ -119,7 +139,11 @@ def _embedded_files() -> dict[str, Path]:
 
 def _walk(folder: Path, wanted: Callable[[str], bool]) -> Iterator[Path]:
     """Files below a folder, as far as names of folders and files are wanted."""
-    for place, folders, files in os.walk(folder):
+
+    def fail(error: OSError) -> None:
+        raise unreadable(Path(error.filename), error) from error
+
+    for place, folders, files in os.walk(folder, onerror=fail):
         folders[:] = filter(wanted, folders)
         paths = (os.path.join(place, name) for name in files if wanted(name))
         yield from (Path(path) for path in paths if os.path.isfile(path))

@@ -20,12 +20,11 @@ import numpy as np
 import numpy.typing as npt
 
 from longctx.data.stores import Ids, check_ids, check_range
-from longctx.data.tokenizer import find_tokenizer
 from longctx.errors import InputError, OutsideError
 
 VERSION = 1
 MANIFEST = "manifest.json"
-UNFINISHED = "unfinished"
+UNFINISHED = "unfinished-tokens"
 """Folder inside that holds what is not yet complete."""
 OWN_SUM = "sha256"
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
@@ -77,7 +76,7 @@ class Manifest:
 
 
 class TokenFolder:
-    """Documents of a folder; a `TokenStore` that maps files and holds 9 bytes a document.
+    """Documents of a folder; a `TokenStore` that maps files and holds 17 bytes a document.
 
     Manifest, index and the sizes of all files are always checked; `verify` also hashes the ids.
     """
@@ -88,7 +87,8 @@ class TokenFolder:
         plan = self.manifest.plan
         self.vocab_size: int = plan["vocab_size"]
         self.tokenizer: str = plan["tokenizer"]
-        self.tokenizer_spec = find_tokenizer(self.path)
+        self.tokenizer_spec = next((str(self.path / name) for name in self.manifest.extras), "")
+        """Of the tokenizer's own file in the folder, empty for bytes."""
         self.bytes_read = 0
         self._dtype = DTYPES[plan["dtype"]]
         parts = [self._open(number, verify) for number in range(len(self.manifest.shards))]
@@ -99,6 +99,11 @@ class TokenFolder:
         self._first = np.cumsum([0, *(len(lengths) for lengths, _ in parts)])
         self._starts = np.concatenate([np.cumsum(lengths) - lengths for lengths, _ in parts])
         self._maps: dict[int, np.memmap] = {}
+
+    @property
+    def skipped(self) -> int:
+        """Rows and files that were left out when the folder was made."""
+        return sum(shard.skipped for shard in self.manifest.shards)
 
     @property
     def text_bytes(self) -> int:

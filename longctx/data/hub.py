@@ -27,6 +27,7 @@ def open_dataset(source: SourceConfig) -> "Dataset | IterableDataset":
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it raises
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it tells a server of local files, too
     path = Path(source.path).expanduser()
     if not source.path.startswith(HUB) and is_saved_dataset(path):
         return _saved(source, path)

@@ -42,6 +42,7 @@ class IndexedStore:
         self._starts = np.concatenate(([0], np.cumsum(lengths)))
         borders = self._starts[self._dataset.document_indices]
         self._documents = np.flatnonzero(np.diff(borders) > 0)
+        self.skipped = len(borders) - 1 - len(self._documents)
         if not len(self._documents):
             raise InputError(f"{self._name}.idx: holds no documents")
         self._borders = borders

@@ -68,8 +68,7 @@ def _describe_folder(folder: TokenFolder) -> Iterator[tuple[str, str]]:
     yield "files", f"{len(shards):,} of {plan['dtype']}, {size:,} bytes"
     yield "tokenizer", f"{plan['tokenizer_name']} ({folder.tokenizer[:16]})"
     yield "made of", plan["path"] or "the standard library's sources"
-    skipped = sum(shard.skipped for shard in shards)
-    yield "text", f"{folder.text_bytes:,} bytes; {skipped:,} rows or files were left out"
+    yield "text", f"{folder.text_bytes:,} bytes; {folder.skipped:,} rows or files were left out"
     files = 2 * len(shards) + len(folder.manifest.extras) + 1
     yield "verified", f"sha256 of {files:,} files"
 

@@ -89,6 +89,8 @@ class Loaders:
     """Of the whole corpus, or of a task's first sequences; a resumed run must find the same."""
     vocab_size: int
     tokenizer: Tokenizer
+    skipped: int = 0
+    """Rows that `data.bad_rows` has left out."""
 
     def state(self, step: int) -> dict[str, Any]:
         """What the loader of training needs to go on with step `step`; see `Loader.state`."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from longctx.data.bins import BinStream, best_fit, whole
 from longctx.data.config import DataConfig, MixtureConfig, SourceConfig
+from longctx.data.files import settled
 from longctx.data.loader import Loader, Loaders
 from longctx.data.mixture import MixedStream
 from longctx.data.packing import PackedStream, epoch_documents
@@ -26,6 +27,8 @@ from longctx.errors import InputError
 VALIDATION_SEED = 0
 COUNTED = 4_000_000
 """Held-out tokens whose entropy is taken."""
+COUNTED_AT_ONCE = 1024
+"""Documents; there are as many counts as ids in the vocabulary."""
 COUNTED_STREAMED = 65_536
 FINGERPRINTED_ROWS = 8
 
@@ -40,6 +43,7 @@ class _Opened:
     fingerprint: str
     counts: Integers
     """How often each id is in what is held out."""
+    skipped: int = 0
 
 
 def build_loaders(
@@ -76,10 +80,11 @@ def build_loaders(
         fingerprint=_fingerprint({name: s.fingerprint for name, s in opened.items()}),
         vocab_size=tokenizer.vocab_size,
         tokenizer=tokenizer,
+        skipped=sum(source.skipped for source in opened.values()),
     )
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Opener:
     """Opens the sources of a table."""
 
@@ -88,19 +93,25 @@ class _Opener:
     batch_size: int
     seed: int
     verify: bool
+    held_out: TokenStore | None = None
+    """What is at `data.validation_path`, once it is open."""
 
     def open(self, source: SourceConfig) -> _Opened:
         return self._streamed(source) if source.streaming else self._stored(source)
 
     def _stored(self, source: SourceConfig) -> _Opened:
-        splits = open_source(source, self.config, self.verify)
+        source = settled(source)
+        splits = open_source(source, self.config, self.verify, self.held_out)
         train, validation = splits
+        if self.config.validation_path:
+            self.held_out = validation
         return _Opened(
             self._packed(train, self.seed, epoch_documents(train, self.config)),
             self._packed(validation, VALIDATION_SEED, np.arange(len(validation.lengths))),
             source_tokenizer(source, self.config),
             splits.fingerprint(),
             count_tokens(validation),
+            train.skipped if source.bad_rows == "skip" else 0,
         )
 
     def _packed(self, store: TokenStore, seed: int, documents: Integers) -> Stream:
@@ -172,10 +183,12 @@ def count_tokens(store: TokenStore) -> Integers:
     """How often each id is in the first documents of a store."""
     counts = np.zeros(store.vocab_size, dtype=np.int64)
     left = COUNTED
-    for document, length in enumerate(store.lengths.tolist()):
-        ids = store.read(document, 0, min(length, left))
-        counts += np.bincount(ids, minlength=store.vocab_size)
-        left -= len(ids)
+    for first in range(0, len(store.lengths), COUNTED_AT_ONCE):
+        parts = []
+        for document in range(first, min(first + COUNTED_AT_ONCE, len(store.lengths))):
+            parts.append(store.read(document, 0, min(int(store.lengths[document]), left)))
+            left -= len(parts[-1])
+        counts += np.bincount(np.concatenate(parts), minlength=store.vocab_size)
         if not left:
             break
     return counts

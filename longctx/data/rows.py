@@ -109,7 +109,7 @@ def _json_rows(part: Part, column: str) -> Iterator[Row]:
 
 def _json_row(name: str, line: bytes, column: str) -> Row:
     try:
-        value = json.loads(line.decode())
+        value = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         return Row(name, None, f"broken JSON ({str(error).partition(':')[0]})")
     if not isinstance(value, dict):

@@ -12,33 +12,45 @@ import numpy as np
 
 from longctx.data.arrow import holds_ids, open_ids
 from longctx.data.config import DataConfig, SourceConfig
-from longctx.data.files import settled
+from longctx.data.files import find_files, settled, tell_format
 from longctx.data.stores import MemoryStore, Splits, TokenStore, hold_out, id_type
-from longctx.data.texts import Text, open_texts, residue
+from longctx.data.texts import Text, TextSource, open_texts, residue
 from longctx.data.tokenizer import Tokenizer, open_tokenizer
 from longctx.errors import InputError
 
+BATCH_BYTES = 2**20
+"""Text that a tokenizer is given at a time, unless one document has more."""
 MAX_TEXT_BYTES = 2 * 2**30
 """As much text is tokenized in memory at the start."""
 
 
-def open_source(source: SourceConfig, data: DataConfig, verify: bool) -> Splits:
-    """What a source trains on, and what is held out of it or is at `data.validation_path`.
+def open_source(
+    source: SourceConfig, data: DataConfig, verify: bool, held_out: TokenStore | None = None
+) -> Splits:
+    """What a source trains on, and what is held out of it or is at `data.validation_path`, which
+    may be open already.
 
     Documents are held out by their residue. A text that is alone is cut by position: its last
     `data.validation_percent` of bytes, at least one, are the validation document.
     """
     if data.validation_path:
-        held_out = replace(source, path=data.validation_path)
-        return Splits(open_store(source, data, verify), open_store(held_out, data, verify))
+        there = replace(data, path=data.validation_path, mixture={})
+        _check_apart(source, there)
+        train = open_store(source, data, verify)
+        if held_out is None:
+            held_out = open_store(there, data, verify)
+        _check_same_tokenizer(source, train, data, held_out)
+        return Splits(train, held_out)
     source = settled(source)
     if _holds_text(source):
-        batches = _batches(source)
+        texts = open_texts(source)
+        batches = _batches(texts)
         start = list(islice(batches, 2))
         tokenizer = source_tokenizer(source, data)
         if len(start) == len(start[0]) == 1:
             return _cut(start[0][0], tokenizer, data.validation_percent)
         store: TokenStore = _tokenize(chain(start, batches), tokenizer)
+        store.skipped = texts.skipped
     else:
         store = open_store(source, data, verify)
     return hold_out(store, data.validation_percent)
@@ -56,7 +68,10 @@ def open_store(source: SourceConfig, data: DataConfig, verify: bool) -> TokenSto
         return IndexedStore(source.path, tokenizer, verify)
     if holds_ids(source):
         return open_ids(source, tokenizer, verify)
-    return _tokenize(_batches(source), tokenizer)
+    texts = open_texts(source)
+    store = _tokenize(_batches(texts), tokenizer)
+    store.skipped = texts.skipped
+    return store
 
 
 def source_tokenizer(source: SourceConfig, data: DataConfig) -> Tokenizer:
@@ -92,21 +107,66 @@ def _open_tokens(source: SourceConfig, data: DataConfig, verify: bool) -> TokenS
     return folder
 
 
-def _batches(source: SourceConfig) -> Iterator[list[Text]]:
+def _batches(texts: TextSource) -> Iterator[list[Text]]:
     """Documents in portions; no portion is empty."""
-    texts = open_texts(source)
-    size, expected = 0, sum(part.size for part in texts.parts)
-    for part in texts.parts:
-        if max(size, expected) > MAX_TEXT_BYTES:
-            raise InputError(
-                f"data.path = {source.path!r}: more than 2 GiB of text; run longctx data tokenize "
-                "first, and train on the folder that it writes"
-            )
-        if batch := list(texts.read(part)):
-            size += sum(len(text.content) for text in batch)
+    source = texts.source
+    size = yielded = 0
+    _check_size(source, sum(part.size for part in texts.parts))
+    batch: list[Text] = []
+    for text in chain.from_iterable(map(texts.read, texts.parts)):
+        size += len(text.content)
+        _check_size(source, size)
+        batch.append(text)
+        if size - yielded >= BATCH_BYTES:
             yield batch
+            batch, yielded = [], size
+    if batch:
+        yield batch
     if size < 2:
         raise InputError(f"data.path = {source.path!r}: needs 2 bytes of text; choose other files")
+
+
+def _check_size(source: SourceConfig, size: int) -> None:
+    if size > MAX_TEXT_BYTES:
+        raise InputError(
+            f"data.path = {source.path!r}: more than 2 GiB of text; run longctx data tokenize "
+            "first, and train on the folder that it writes"
+        )
+
+
+def _check_apart(source: SourceConfig, held_out: SourceConfig) -> None:
+    """InputError for a file that would be trained on and held out."""
+    places = {_place(file) for file in _files(held_out)}
+    both = next((file for file in _files(source) if _place(file) in places), None)
+    if both:
+        raise InputError(
+            f"data.validation_path = {held_out.path!r}: {both} is in {source.path!r} too, so it "
+            "would be trained on; choose others, or a glob that leaves it out"
+        )
+
+
+def _place(file: Path) -> tuple[int, int]:
+    found = os.stat(file)
+    return found.st_dev, found.st_ino
+
+
+def _files(source: SourceConfig) -> Iterable[Path]:
+    """What tells two sources apart; nothing is known of datasets."""
+    kind = tell_format(source)
+    if kind == "tokens":
+        return (Path(source.path).expanduser(),)
+    return find_files(source.path).values() if kind in ("text", "jsonl", "parquet") else ()
+
+
+def _check_same_tokenizer(
+    source: SourceConfig, train: TokenStore, data: DataConfig, held_out: TokenStore
+) -> None:
+    if (train.tokenizer, train.vocab_size) != (held_out.tokenizer, held_out.vocab_size):
+        raise InputError(
+            f"data.validation_path = {data.validation_path!r} has ids of another tokenizer "
+            f"(vocabulary {held_out.vocab_size}) than {source.path!r} ({train.vocab_size}): "
+            "tokenize both with the same, and name it in data.tokenizer"
+        )
 
 
 def _cut(text: Text, tokenizer: Tokenizer, percent: int) -> Splits:
@@ -120,14 +180,21 @@ def _cut(text: Text, tokenizer: Tokenizer, percent: int) -> Splits:
 
 
 def _tokenize(batches: Iterable[list[Text]], tokenizer: Tokenizer) -> MemoryStore:
+    """All documents but those that give no token, such as white space to some tokenizers."""
     tokens, residues, lengths = bytearray(), bytearray(), array("q", [0])
     contents = _Contents(tokenizer)
     for batch in batches:
         for text, ids in zip(batch, tokenizer.encode_batch([text.content for text in batch])):
             contents.add(text)
-            tokens += ids.tobytes()
-            lengths.append(len(ids))
-            residues.append(residue(text.name))
+            if len(ids):
+                tokens += ids.tobytes()
+                lengths.append(len(ids))
+                residues.append(residue(text.name))
+    if not tokens:
+        raise InputError(
+            f"data: {tokenizer.name} makes no token of the text, or of the part that is held out; "
+            "choose other files, or set data.validation_path"
+        )
     return MemoryStore(
         tokens=np.frombuffer(tokens, dtype=id_type(tokenizer.vocab_size)),
         offsets=np.cumsum(np.array(lengths, dtype=np.int64)),

@@ -30,6 +30,8 @@ class TokenStore(Protocol):
     """A hash of each document, 0 to 99; it decides whether the document is held out."""
     bytes_read: int
     """Bytes of token ids that `read` has taken from the source."""
+    skipped: int
+    """Rows and files that were left out, because they are broken or hold nothing."""
 
     def read(self, document: int, start: int, stop: int) -> Ids:
         """Tokens `start` to `stop` of a document, and no others; InputError names what is wrong."""
@@ -65,6 +67,7 @@ class MemoryStore:
     tokenizer: str
     content: str
     """Hash of what the tokens were made of."""
+    skipped: int = 0
     bytes_read: int = 0
 
     @cached_property
@@ -98,6 +101,7 @@ class Selection:
         if part:
             self.lengths = np.array([part.stop - part.start], dtype=np.int64)
         self.residues = store.residues[documents]
+        self.skipped = store.skipped
         self.bytes_read = 0
 
     def read(self, document: int, start: int, stop: int) -> Ids:

@@ -178,12 +178,14 @@ class StreamedStream(Stream):
         """Cuts sequences up to `index`, from where the last one ended or from a place nearer."""
         nearest = self._nearest(index)
         if self._next is None or not nearest <= self._next <= index:
-            place = self._place(nearest)
-            self._source, self._documents = self._rows.read(place), deque()
-            self._next, self._used, self._left = nearest, place.token, -place.token
-        while self._next <= index:
-            self._cut(self._next)
-            self._next += 1
+            start = self._place(nearest)
+            self._source, self._documents = self._rows.read(start), deque()
+            self._next, self._used, self._left = nearest, start.token, -start.token
+        place, self._next = self._next, None  # an error on the way leaves no place to go on from
+        while place <= index:
+            self._cut(place)
+            place += 1
+        self._next = place
 
     def _cut(self, index: int) -> None:
         while self._left <= self.seq_len:

@@ -1,7 +1,9 @@
 """Tokenizers that read a file: those of the tokenizers library, and SentencePiece."""
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,14 @@ ENDS = (
 )
 
 
+LONG = 2**18
+"""Characters that the tokenizers library is given at a time, as it needs a hundred times as much
+memory; more of a document that has no line end to cut it at."""
+LINE_END = re.compile(r"(?<=\w\n)(?=\w)")
+"""Where most tokenizers end a word, beyond which no token reaches."""
+LINES = "one\nTwo\n3\n4 four\nfünf\n文\n六 six\n\n seven \nB.\n/8\nend"
+
+
 class _FileTokenizer:
     """What both kinds share: marks around a document, and the file they came from."""
 
@@ -45,7 +55,7 @@ class _FileTokenizer:
         self.fingerprint = sha256(content).hexdigest()
         self._content = content
 
-    def _ids(self, texts: list[str]) -> Iterable[list[int]]:
+    def _ids(self, texts: list[str]) -> Iterable[Sequence[int] | Ids]:
         raise NotImplementedError
 
     def encode(self, text: bytes) -> Ids:
@@ -54,16 +64,16 @@ class _FileTokenizer:
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[Ids]:
         """Several documents, on all threads that the library takes."""
-        before = [] if self.begin is None else [self.begin]
-        after = [] if self.end is None else [self.end]
         dtype = id_type(self.vocab_size)
+        marks = ([] if mark is None else [mark] for mark in (self.begin, self.end))
+        before, after = (np.array(mark, dtype) for mark in marks)
         ids = self._ids([text.decode(errors="replace") for text in texts])
-        return [np.array([*before, *row, *after], dtype=dtype) for row in ids]
+        return [np.concatenate((before, np.asarray(row, dtype), after)) for row in ids]
 
     def encode_prompt(self, text: str) -> Ids:
         """Begin mark and text; where there is no begin mark, nothing goes on from an end mark."""
-        (ids,) = self._ids([text])
-        mark = self.begin if ids or self.begin is not None else self.end
+        (ids,) = self._ids([text.encode(errors="surrogateescape").decode(errors="replace")])
+        mark = self.begin if len(ids) or self.begin is not None else self.end
         return np.array([*([] if mark is None else [mark]), *ids], dtype=id_type(self.vocab_size))
 
     def save(self, folder: Path) -> None:
@@ -101,6 +111,8 @@ class JsonTokenizer(_FileTokenizer):
             raise InputError(f"{name}: a tokenizer without a vocabulary")
         self.vocab_size = max(vocabulary.values()) + 1
         first, last = _framing(self._tokenizer.encode("a"))
+        parts = [_words(self._tokenizer, part) for part in pieces(LINES, 1)]
+        self._may_cut = _words(self._tokenizer, LINES) == list(chain(*parts))
         self.begin = first if first is not None else _known(vocabulary, BEGINS)
         self.end = last if last is not None else _known(vocabulary, ENDS)
 
@@ -108,7 +120,16 @@ class JsonTokenizer(_FileTokenizer):
         """Text of the ids, without marks and other special tokens."""
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
 
-    def _ids(self, texts: list[str]) -> Iterable[list[int]]:
+    def _ids(self, texts: list[str]) -> Iterable[Sequence[int] | Ids]:
+        if not self._may_cut or all(len(text) <= LONG for text in texts):
+            return self._whole(texts)
+        dtype = id_type(self.vocab_size)
+        return [
+            np.concatenate([np.array(self._whole([part])[0], dtype) for part in pieces(text, LONG)])
+            for text in texts
+        ]
+
+    def _whole(self, texts: list[str]) -> list[list[int]]:
         encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encoded]
 
@@ -139,8 +160,26 @@ class SentencePieceTokenizer(_FileTokenizer):
         """Text of the ids, without marks."""
         return self._model.decode([token for token in map(int, ids) if token < self.vocab_size])
 
-    def _ids(self, texts: list[str]) -> Iterable[list[int]]:
+    def _ids(self, texts: list[str]) -> Iterable[Sequence[int] | Ids]:
         return self._model.encode(texts, out_type=int)
+
+
+def _words(tokenizer: Any, text: str) -> list[str]:
+    """What no token reaches beyond."""
+    if tokenizer.normalizer is not None:
+        text = tokenizer.normalizer.normalize_str(text)
+    if tokenizer.pre_tokenizer is None:
+        return [text]
+    return [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+
+
+def pieces(text: str, size: int) -> Iterator[str]:
+    """A text cut at the first end of a line after each `size` characters."""
+    start = 0
+    while found := LINE_END.search(text, start + size):
+        yield text[start : found.start()]
+        start = found.start()
+    yield text[start:]
 
 
 def _framing(encoding: Any) -> tuple[int | None, int | None]:

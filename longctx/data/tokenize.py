@@ -89,14 +89,16 @@ def tokenize(path: str, config: TokenizeConfig, show: bool = False) -> Tokenized
     tokenizer = open_tokenizer(config.tokenizer)
     source = open_texts(config.source(path))
     plan = _plan(path, config, source, tokenizer)
+    output = Path(config.output).expanduser()
+    _check_outside(output, source)
     try:
-        with closing(Unfinished(Path(config.output), plan)) as folder:
+        with closing(Unfinished(output, plan)) as folder:
             return _complete(folder, source, tokenizer, config.workers or cores(), show)
     except OSError as error:
-        full = "; free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ";"
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise OutsideError(
-            f"--output {config.output}: cannot be written ({error.strerror}){full} and run the "
-            "same command again"
+            f"--output {config.output}: cannot be written ({error.strerror}); "
+            f"{'free some space' if is_full else 'mend that'} and run the same command again"
         ) from error
 
 
@@ -124,6 +126,16 @@ def _complete(
             bar.advance([unit])
     folder.finish(tokenizer)
     return Tokenized(folder.totals, new, time.perf_counter() - started, workers)
+
+
+def _check_outside(output: Path, source: TextSource) -> None:
+    """InputError if the tokens would be among the texts when the command is given again."""
+    path = Path(source.source.path).expanduser()
+    if source.source.path and path.is_dir() and output.resolve().is_relative_to(path.resolve()):
+        raise InputError(
+            f"--output {output}: lies in {path}, of which all files are read; choose a folder "
+            "beside it, or name the texts with a glob"
+        )
 
 
 def _has_megatron() -> bool:

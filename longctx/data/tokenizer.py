@@ -71,7 +71,7 @@ class ByteTokenizer:
 
     def encode_prompt(self, text: str) -> Ids:
         """Begin mark and the UTF-8 bytes, without an end mark."""
-        return self.encode(text.encode())[:-1]
+        return self.encode(text.encode(errors="surrogateescape"))[:-1]
 
     def decode(self, ids: Iterable[int]) -> str:
         """UTF-8 text of the byte ids; marks are dropped, broken sequences become U+FFFD."""

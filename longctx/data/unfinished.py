@@ -1,10 +1,10 @@
 """The beginning of a folder of tokens: whatever is done stays, and the end is the same.
 
-Text is divided into units. What a unit becomes is a file `unfinished/piece-N`, which any process
-may write; pieces are joined to shards in order. `plan.json` says what is being made, `shards.json`
-which shards are complete. A file gets its name when it is complete, so after a kill just those
-units are done again that have no piece. Pieces hold a hash instead of being waited for until they
-are on the disk: one that a power cut damaged is made again (`longctx/data/pieces.py`).
+Text is divided into units. What a unit becomes is a file `unfinished-tokens/piece-N`, which any
+process may write; pieces are joined to shards in order. `plan.json` says what is being made,
+`shards.json` which shards are complete. A file gets its name when it is complete, so after a kill
+just those units are done again that have no piece. Pieces hold a hash instead of being waited for
+until they are on the disk: one that a power cut damaged is made again (`longctx/data/pieces.py`).
 """
 
 import fcntl
@@ -169,7 +169,7 @@ class Unfinished:
         self._stack.callback(os.close, lock)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self._stack.close()
             raise InputError(
                 f"--output {self.folder}: another longctx data tokenize writes it; wait for it"

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from longctx.data.folder import write_whole
@@ -45,12 +46,12 @@ def train_tokenizer(path: str, config: TrainTokenizerConfig) -> Trained:
 
     if not config.output:
         raise InputError("longctx data train-tokenizer needs --output FILE")
-    output = Path(config.output)
+    output = Path(config.output).expanduser()
     if output.suffix != ".json" or output.exists():
         reason = "exists" if output.exists() else "does not end in .json"
         raise InputError(f"--output {output}: {reason}; choose another name")
     source = open_texts(config.source(path))
-    texts = _Texts(source, sample(source.parts, config.most_bytes))
+    texts = _Texts(source, sample(source.parts, config.most_bytes), config.most_bytes)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -79,15 +80,17 @@ def sample(parts: Sequence[Part], most_bytes: int) -> Sequence[Part]:
 
 
 class _Texts:
-    """Texts of some parts, and how much was read of them."""
+    """Texts of some parts, up to so many bytes, and how much was read of them."""
 
-    def __init__(self, source: TextSource, parts: Sequence[Part]) -> None:
+    def __init__(self, source: TextSource, parts: Sequence[Part], most_bytes: int) -> None:
         self.bytes = 0
-        self._source, self._parts = source, parts
+        self._source, self._parts, self._most_bytes = source, parts, most_bytes
 
     def decoded(self) -> Iterator[str]:
         """Each text, with U+FFFD for what is not UTF-8."""
-        for part in self._parts:
-            for text in self._source.read(part):
-                self.bytes += len(text.content)
-                yield text.content.decode(errors="replace")
+        for text in chain.from_iterable(map(self._source.read, self._parts)):
+            content = text.content[: self._most_bytes - self.bytes]
+            self.bytes += len(content)
+            yield content.decode(errors="replace")
+            if self.bytes == self._most_bytes:
+                return

@@ -74,6 +74,8 @@ def generate(path: str, config: GenerateConfig) -> str:
     tokenizer, model = load_tokenizer(path, config.tokenizer), load_model(path)
     generator = torch.Generator().manual_seed(config.seed)
     ids = tokenizer.encode_prompt(config.prompt).tolist()
+    if not ids:
+        raise InputError(f"--prompt {config.prompt!r}: {tokenizer.name} makes no token of it")
     logits_1V, memory = model.step(torch.tensor([ids]), 0, [])
     for _ in range(config.tokens):
         if config.temperature == 0:

@@ -1,5 +1,6 @@
 """What is settled, or refused, before processes speak to each other."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,7 @@ def prepare(settings: Settings, processes: int) -> Prepared:
     if config.deterministic:
         check_deterministic(settings.model.mixers, settings.model.backend)
     split = settle_engine(settings, settle_mesh(settings, processes))
+    _check_run_apart(settings)
     loaders = build_loaders(
         settings.data, config.seq_len, config.batch_size, settings.run.seed, is_first_here()
     )
@@ -56,6 +58,17 @@ def settle_mesh(settings: Settings, processes: int) -> Split:
             "(processes / parallel.sp / parallel.tp)"
         )
     return split
+
+
+def _check_run_apart(settings: Settings) -> None:
+    run = settings.run.path.resolve()
+    for source in settings.data.sources().values():
+        path = Path(source.path).expanduser()
+        if source.path and path.is_dir() and run.is_relative_to(path.resolve()):
+            raise InputError(
+                f"run.dir = '{settings.run.path}': lies in data.path = {source.path!r}, of which "
+                "all files are read; choose a run.dir beside it, or name the files with a glob"
+            )
 
 
 def _check_tokenizer(start: Address, tokenizer: Tokenizer) -> None:

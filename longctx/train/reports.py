@@ -34,6 +34,8 @@ def open_log(trainer: "Trainer") -> MetricsLog | SilentLog:
     )
     if mesh.size > 1:
         log.info(f"{mesh.size} processes: {split}")
+    if trainer.loaders.skipped:
+        log.warn(f"data.bad_rows: {trainer.loaders.skipped:,} rows without text were left out")
     if step:
         log.info(f"resumed at step {step}")
     return log

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 from pathlib import Path
 
@@ -143,6 +144,7 @@ def test_help_lists_the_options(command, capsys):
 MISTAKES = {
     "subcommand": (["tokenise"], "no such subcommand; there are tokenize, inspect, stats"),
     "path": (["inspect", "/no/such"], "PATH = '/no/such': no such file"),
+    "paths": (["tokenize", "a", "b", "--output", "x"], "one PATH, not a and b: quote a glob"),
     "no output": (["tokenize", "."], "needs --output FOLDER"),
     "no file": (["train-tokenizer", "."], "needs --output FILE"),
     "suffix": (["train-tokenizer", ".", "--output", "x"], "--output x: does not end in .json"),
@@ -214,3 +216,17 @@ def test_a_changed_shard_is_found_by_inspect(texts, tmp_path, capsys):
     file.write_bytes(file.read_bytes()[:-1] + b"\x02")
     assert main(["data", "inspect", str(tokens)]) == 2
     assert "changed since it was tokenized" in capsys.readouterr().err
+
+
+def test_no_more_text_is_learnt_from_than_was_asked_for(tmp_path, capsys):
+    (tmp_path / "large.txt").write_text(TEXT * 100)
+    argv = ["train-tokenizer", str(tmp_path / "large.txt"), "--output", str(tmp_path / "x.json")]
+    assert main(["data", *argv, "--vocab_size", "300", "--most_bytes", "100"]) == 0
+    assert "learnt from 100 bytes" in capsys.readouterr().out
+
+
+def test_names_that_no_terminal_can_show_are_printed_all_the_same(tmp_path, capsys):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / os.fsdecode(b"\xff.txt")).write_text("text")
+    assert answer(capsys, "inspect", folder)["\\udcff.txt"] == "4 bytes: 'text'"

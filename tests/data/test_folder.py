@@ -149,6 +149,12 @@ def test_an_id_beyond_the_vocabulary_is_named(tmp_path):
         store.read(2, 1, 3)
 
 
+def test_a_tokenizer_that_the_manifest_does_not_name_is_not_the_one_of_the_folder(tmp_path):
+    folder = write(tmp_path, [[1, 2]], ByteTokenizer())
+    (folder / "tokenizer.json").write_text("of something else")
+    assert TokenFolder(folder).tokenizer_spec == ""
+
+
 def test_an_unfinished_folder_says_so(tmp_path):
     folder = tmp_path / "tokens"
     (folder / UNFINISHED).mkdir(parents=True)

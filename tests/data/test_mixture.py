@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from longctx.data import sources as sources_module
 from longctx.data.config import DataConfig, MixtureConfig
 from longctx.data.mixture import BLOCK, MixedStream, shares
 from longctx.data.opening import build_loaders
@@ -8,6 +9,7 @@ from longctx.data.packing import PackedStream
 from longctx.data.tokenize import TokenizeConfig, tokenize
 from longctx.errors import InputError
 from tests.data.stores import make_store
+from tests.data.test_tokenizer import train_words
 
 WEIGHTS = {"a": 5.0, "b": 2.0, "c": 0.01}
 STORES = {name: make_store([5, 9, 4, 12]) for name in WEIGHTS}
@@ -120,11 +122,7 @@ def test_a_mixture_has_one_validation_path_for_all(tmp_path):
 
 
 def test_sources_of_different_vocabularies_are_refused(tmp_path):
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-
-    words = Tokenizer(WordLevel({"text": 0, "?": 1}, unk_token="?"))
-    words.save(str(tmp_path / "words.json"))
+    train_words(tmp_path / "words.json")
     (tmp_path / "texts").mkdir()
     for number in range(9):
         (tmp_path / "texts" / str(number)).write_text("text " * 9)
@@ -135,3 +133,46 @@ def test_sources_of_different_vocabularies_are_refused(tmp_path):
     message = r"data.mixture.y has ids of another tokenizer .* than data.mixture.x \(bytes, 258\)"
     with pytest.raises(InputError, match=message):
         build_loaders(DataConfig(mixture=mixture), seq_len=8, batch_size=1, seed=0)
+    for path, held_out in ("xy", "yx", ("texts", "y")):
+        config = DataConfig(str(tmp_path / path), validation_path=str(tmp_path / held_out))
+        with pytest.raises(InputError, match=r"^data\.validation_path = .* ids of another tokeniz"):
+            build_loaders(config, seq_len=8, batch_size=1, seed=0)
+
+
+def test_the_order_of_the_tables_changes_nothing(tmp_path):
+    for name in "xy":
+        (tmp_path / name).write_text(name * 500)
+    one = {name: MixtureConfig(path=str(tmp_path / name)) for name in "xy"}
+    configs = [DataConfig(mixture=one), DataConfig(mixture=dict(reversed(one.items())))]
+    assert configs[0] == configs[1]
+    first, second = (build_loaders(c, seq_len=10, batch_size=40, seed=0) for c in configs)
+    for name in ("train", "validation"):
+        tokens = [getattr(loaders, name).batch(0).tokens_BT for loaders in (first, second)]
+        assert (tokens[0] == tokens[1]).all()
+
+
+def test_a_validation_path_is_read_once_and_as_the_table_says(tmp_path, monkeypatch):
+    (tmp_path / "x.jsonl").write_text('{"body": "xx"}\n')
+    (tmp_path / "y").write_text("yy")
+    (tmp_path / "z.jsonl").write_text('{"words": "zz"}\n')
+    sources = {
+        "x": MixtureConfig(str(tmp_path / "x.jsonl"), format="jsonl", column="body"),
+        "y": MixtureConfig(str(tmp_path / "y")),
+    }
+    opened = []
+    real = sources_module.open_store
+    monkeypatch.setattr(
+        sources_module, "open_store", lambda s, *rest: opened.append(s.path) or real(s, *rest)
+    )
+    path = str(tmp_path / "z.jsonl")
+    config = DataConfig(mixture=sources, column="words", validation_path=path)
+    loaders = build_loaders(config, seq_len=4, batch_size=1, seed=0)
+    assert loaders.tokenizer.decode(loaders.validation.batch(0).tokens_BT.flatten()) == "zz"
+    assert opened.count(path) == 1
+
+
+def test_what_is_set_beside_a_mixture_without_effect_is_refused(tmp_path):
+    mixture = {"x": MixtureConfig(str(tmp_path))}
+    for name, value in (("column", "body"), ("streaming", True), ("bad_rows", "skip")):
+        with pytest.raises(InputError, match=rf"^data\.{name} = .* has no effect beside"):
+            DataConfig(mixture=mixture, **{name: value})

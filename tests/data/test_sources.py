@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 from itertools import pairwise
@@ -9,9 +10,10 @@ import pytest
 from longctx.data import DataConfig, build_loaders
 from longctx.data.sources import open_source, open_store
 from longctx.data.stores import MemoryStore, TokenStore
-from longctx.data.texts import residue
+from longctx.data.texts import TextSource, residue
+from longctx.data.tokenize import TokenizeConfig, tokenize
 from longctx.errors import InputError, OutsideError
-from tests.data.test_tokenizer import train_json
+from tests.data.test_tokenizer import train_json, train_words
 
 
 @pytest.fixture(scope="module")
@@ -260,3 +262,81 @@ def test_other_tokenizers_train_too(tmp_path, trained):
     loaders = build_loaders(config, seq_len=16, batch_size=2, seed=0)
     assert loaders.tokenizer.name == trained
     assert loaders.train.batch(3).tokens_BT.max() < loaders.vocab_size
+
+
+def test_text_that_gives_no_token_is_no_document(tmp_path):
+    words = train_words(tmp_path / "words.json")
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(20):
+        (folder / f"{number}").write_text("text text" if number % 2 else "  ")
+    splits = open_path(folder, tokenizer=words)
+    assert [store.lengths.min() for store in splits] == [2, 2]
+    assert sum(len(store.lengths) for store in splits) == 10
+    for content in ("   ", "text" + " " * 50):
+        (tmp_path / "one").write_text(content)
+        with pytest.raises(InputError, match=r"^data: [^\n]*words.json makes no token of the text"):
+            open_path(tmp_path / "one", tokenizer=words)
+
+
+def test_folders_are_not_taken_for_what_one_name_in_them_is(tmp_path):
+    (tmp_path / "unfinished").mkdir()
+    for name in ("unfinished/draft", "state.json", "dataset_info.json.txt"):
+        (tmp_path / name).write_text("text")
+    assert texts(open_store_of(tmp_path)) == ["text"] * 3
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.json.zst", "a.bin", "a.idx"])
+def test_files_whose_names_tell_that_they_are_no_text_are_refused(tmp_path, name):
+    for file in {"a.bin", "a.idx", name} if name in ("a.bin", "a.idx") else {name}:
+        (tmp_path / file).write_text("ab")
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(InputError, match=r"^data\.path = [^\n]*: a\.[a-z.]+ (is no|holds)"):
+            open_path(path)
+    assert len(open_store_of(tmp_path / name, format="text").lengths) == 1
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    write_files(tmp_path, 3)
+
+    def fail(path):
+        raise PermissionError(13, os.strerror(13), str(path))
+
+    monkeypatch.setattr(os, "scandir", fail)
+    with pytest.raises(OutsideError, match=r"cannot be read \(Permission denied\)"):
+        open_path(tmp_path)
+
+
+def test_packed_lines_are_not_unpacked_beyond_what_fits(tmp_path, monkeypatch):
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(b'{"text": "xxxxxxxxx"}\n' * 500))
+    read = []
+    real = TextSource.read
+
+    def counted(source, part):
+        for text in real(source, part):
+            read.append(text)
+            yield text
+
+    monkeypatch.setattr(TextSource, "read", counted)
+    monkeypatch.setattr("longctx.data.sources.MAX_TEXT_BYTES", 200)
+    with pytest.raises(InputError, match="2 GiB of text"):
+        open_path(tmp_path / "a.json.gz")
+    assert len(read) < 30
+
+
+def test_what_is_trained_on_is_not_held_out(tmp_path):
+    write_files(tmp_path / "texts", 6)
+    tokens = tmp_path / "tokens"
+    tokenize(str(tmp_path / "texts"), TokenizeConfig(output=str(tokens), workers=1))
+    (tmp_path / "link").symlink_to(tmp_path / "texts" / "part0")
+    inside = tmp_path / "texts" / "part0"
+    cases = (
+        (tmp_path / "texts", inside),
+        (tmp_path / "texts", tmp_path / "link"),
+        (tokens, tokens),
+    )
+    for path, held_out in cases:
+        with pytest.raises(InputError, match=r"^data\.validation_path = .* too, so it would be tr"):
+            open_path(path, validation_path=str(held_out))
+    splits = open_path(tmp_path / "texts" / "part[12]" / "*", validation_path=str(inside))
+    assert len(splits.validation.lengths) == 2

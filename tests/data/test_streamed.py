@@ -267,3 +267,21 @@ def test_columns_of_ids_are_checked_against_the_vocabulary(tmp_path):
         else:
             with pytest.raises(InputError, match="token id 9, but the vocabulary has 9"):
                 stream.slice(0, 0, 5)
+
+
+def test_an_error_on_the_way_comes_to_all_who_read_on(tmp_path):
+    rows = ['{"text": "a row that is good"}'] * 9 + ['{"text": ""}']
+    (tmp_path / "0.jsonl").write_text("\n".join(rows))
+    stream = open_stream(tmp_path)
+    stream.slice(2, 0, 16)
+    for read in (
+        stream.document_starts,
+        stream.num_labels,
+        lambda index: stream.slice(index, 0, 1),
+    ):
+        with pytest.raises(InputError, match="row 9: nothing in 'text'"):
+            read(20)
+    assert (
+        stream.slice(3, 0, 16).tokens.tolist()
+        == open_stream(tmp_path).slice(3, 0, 16).tokens.tolist()
+    )

@@ -154,6 +154,12 @@ def test_a_line_that_is_not_utf8_is_broken(tmp_path):
         read_all(opened(packed))
 
 
+def test_a_byte_order_mark_before_lines_is_no_row(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n{"text": "\\ufefftwo"}\r\n')
+    assert [text for _, text in read_all(opened(path))] == ["one", "\ufefftwo"]
+
+
 def test_half_a_surrogate_does_not_stop_reading(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a\\ud800b"}\n')
@@ -250,6 +256,16 @@ def test_streams_of_local_files_have_a_shard_a_file_and_every_row(tmp_path):
     assert [row["text"] for row in stream] == expected
     whole = open_dataset(SourceConfig(str(tmp_path / "text"), format="text", streaming=True))
     assert [row["text"] for row in whole] == ["two\nlines \ufffd"]
+
+
+def test_nobody_is_told_of_local_files(tmp_path, monkeypatch):
+    import datasets
+
+    calls = []
+    monkeypatch.setattr(datasets.load, "get_session", lambda: calls.append("a request"))
+    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", True)
+    open_dataset(SourceConfig(str(lines(tmp_path / "rows.jsonl", "one")), streaming=True))
+    assert not calls
 
 
 def test_datasets_that_cannot_be_opened_are_named_in_one_line(tmp_path, monkeypatch):

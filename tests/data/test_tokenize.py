@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import json
 import os
 import random
@@ -227,10 +228,26 @@ def test_other_tokens_are_refused_by_what_differs(texts, tmp_path, monkeypatch, 
 
 
 def test_a_folder_of_something_else_is_left_alone(texts, tmp_path):
-    for path in (tmp_path, texts / "01.txt"):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file"):
         with pytest.raises(InputError, match="exists and is not empty; choose another"):
             tokenize(str(texts), config(tmp_path, output=str(path)))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["texts"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "texts"]
+
+
+def test_tokens_among_the_texts_are_refused(texts, tmp_path, monkeypatch):
+    monkeypatch.chdir(texts)
+    for path, output in ((str(texts), texts / "tokens"), (".", "tokens"), ("../texts", ".")):
+        with pytest.raises(InputError, match=r"^--output [^\n]*, of which all files are read; "):
+            tokenize(path, config(tmp_path, output=str(output)))
+    tokenize("*.txt", config(tmp_path, output="tokens"))
+    assert tokenize("*.txt", config(tmp_path, output="tokens")).seconds == 0
+
+
+def test_a_home_is_found_for_the_output(texts, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tokenize(str(texts), config(tmp_path, output="~/tokens"))
+    assert len(documents(tmp_path / "tokens")) == COUNT - 1
 
 
 def test_only_one_process_writes_a_folder(texts, tmp_path, monkeypatch):
@@ -246,6 +263,15 @@ def test_only_one_process_writes_a_folder(texts, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         tokenize(str(texts), config(tmp_path))
     assert len(seen) == 1
+
+
+def test_a_disk_that_cannot_lock_is_no_other_process(texts, tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(OutsideError, match=r"\(Function not implemented\); mend that and run"):
+        tokenize(str(texts), config(tmp_path))
 
 
 def test_an_empty_folder_stays_one_after_a_mistake(tmp_path):

@@ -1,13 +1,16 @@
 import io
 import json
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from longctx.data import subwords
 from longctx.data.tokenizer import ByteTokenizer, find_tokenizer, open_tokenizer
 from longctx.errors import InputError
+from longctx.eval import generate as sampling
 
 TOKENIZER = ByteTokenizer()
 CORPUS = ["the cat sat on the mat", "naïve 文 text", "a cat, a mat; the end"] * 20
@@ -32,6 +35,16 @@ def train_json(path, names=("<|begin|>", "<|end|>"), framed=False, **limits) -> 
     if limits:
         tokenizer.enable_truncation(limits["truncation"])
         tokenizer.enable_padding(length=limits["padding"])
+    tokenizer.save(str(path))
+    return str(path)
+
+
+def train_words(path) -> str:
+    """Knows one word, and no marks."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({"text": 0, "?": 1}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(path))
     return str(path)
 
@@ -65,6 +78,21 @@ def test_a_document_is_framed_by_its_marks():
 def test_a_prompt_stays_open():
     assert TOKENIZER.encode_prompt("é").tolist() == [256, 0xC3, 0xA9]
     assert TOKENIZER.encode_prompt("").tolist() == [256]
+
+
+def test_a_prompt_need_not_be_utf8(trained):
+    prompt = os.fsdecode(b"a\xff")
+    assert TOKENIZER.encode_prompt(prompt).tolist() == [256, 0x61, 0xFF]
+    tokenizer = open_tokenizer(trained)
+    assert tokenizer.encode_prompt(prompt).tolist() == tokenizer.encode(b"a\xff")[:-1].tolist()
+
+
+def test_a_prompt_of_no_token_is_refused(tmp_path, monkeypatch):
+    words = open_tokenizer(train_words(tmp_path / "words.json"))
+    monkeypatch.setattr(sampling, "load_tokenizer", lambda *_: words)
+    monkeypatch.setattr(sampling, "load_model", lambda *_: None)
+    with pytest.raises(InputError, match=r"^--prompt ' ': [^\n]*words.json makes no token of it$"):
+        sampling.generate("run", sampling.GenerateConfig(prompt=" "))
 
 
 def test_decoding_inverts_encoding_and_survives_broken_text():
@@ -200,3 +228,27 @@ def test_sentencepiece_that_is_not_installed_is_named(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(InputError, match=r"pip install 'longctx\[sentencepiece\]'"):
         open_tokenizer(model)
+
+
+def test_long_documents_are_encoded_in_parts_where_that_changes_no_id(
+    tmp_path, trained, monkeypatch
+):
+    text = "the cat\nsat; on\n\nthe mat.\n naïve\n文 text\na cat\n/a\r\nmat\n7\n" * 9
+    monkeypatch.setattr(subwords, "LONG", 20)
+    tokenizer, given = open_tokenizer(trained), []
+    encode = tokenizer._whole
+    monkeypatch.setattr(tokenizer, "_whole", lambda texts: given.extend(texts) or encode(texts))
+    assert tokenizer.encode(text.encode())[1:-1].tolist() == encode([text])[0]
+    assert len(given) > 9
+    assert "".join(given) == text
+    content = json.loads(Path(trained).read_text())
+    for name, value in (
+        ("normalizer", {"type": "Prepend", "prepend": "_"}),
+        ("pre_tokenizer", content["pre_tokenizer"] | {"add_prefix_space": True}),
+        ("pre_tokenizer", content["pre_tokenizer"] | {"use_regex": False}),
+        ("pre_tokenizer", None),
+    ):
+        (tmp_path / "t.json").write_text(json.dumps(content | {name: value}))
+        tokenizer = open_tokenizer(str(tmp_path / "t.json"))
+        whole = tokenizer._whole([text])[0]
+        assert tokenizer.encode(text.encode())[1:-1].tolist() == whole

@@ -123,6 +123,23 @@ def test_init_from_a_missing_run_leaves_nothing(settings, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_does_not_lie_among_its_own_data(settings, corpus):
+    config = settings(run__dir=corpus / "runs" / "one")
+    with pytest.raises(InputError, match=r"run\.dir = .*: lies in data\.path"):
+        train(config)
+    assert not (corpus / "runs").exists()
+
+
+def test_rows_that_are_left_out_are_counted_in_the_log(settings, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    lines = [f'{{"text": "{number} {"x" * 400}"}}\n' for number in range(20)]
+    file.write_text("".join([*lines, '{"text": 7}\n', "broken\n"]))
+    config = settings(data__path=file, data__bad_rows="skip", train__steps=1)
+    train(config)
+    log = (config.run.path / "log.txt").read_text()
+    assert "2 rows without text were left out" in log
+
+
 def test_a_finished_run_is_left_alone(settings, rows, monkeypatch, capsys):
     config = settings(train__steps=2)
     train(config)
