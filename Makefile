@@ -126,6 +126,9 @@ define train_installed
 	rm -rf build/run
 	cd / && '$(CURDIR)/$(EMPTY)/bin/longctx' train tiny $(TINIEST) --run.dir '$(CURDIR)/build/run'
 	test -s build/run/summary.json
+	cd / && '$(CURDIR)/$(EMPTY)/bin/longctx' report '$(CURDIR)/build/run' \
+		--output '$(CURDIR)/build/run/report.html'
+	cd / && '$(CURDIR)/$(EMPTY)/bin/longctx' launch slurm tiny --gpus-per-node 2 --dry-run > /dev/null
 endef
 
 $(STAMPS)/python:

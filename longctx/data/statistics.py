@@ -30,8 +30,8 @@ class StatsConfig(PathOptions):
     """Tokens of a sequence, for the shares of padding."""
 
     def __post_init__(self) -> None:
-        if self.seq_len < 1:
-            raise InputError(f"--seq_len = {self.seq_len}: must be at least 1")
+        if not 1 <= self.seq_len < 2**62:
+            raise InputError(f"--seq_len = {self.seq_len}: must be at least 1 and below 2 ** 62")
 
 
 @dataclass(frozen=True)

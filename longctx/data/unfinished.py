@@ -7,13 +7,13 @@ just those units are done again that have no piece. Pieces hold a hash instead o
 until they are on the disk: one that a power cut damaged is made again (`longctx/data/pieces.py`).
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -85,7 +85,7 @@ class Unfinished:
         self.next_unit = 0
         """The unit that `add` wants."""
         self._work = folder / UNFINISHED
-        self._stack = ExitStack()
+        self._stack = contextlib.ExitStack()
         self._plan = asdict(plan)
         self._shards: list[Shard] = []
         self._waiting: list[int] = []
@@ -153,9 +153,10 @@ class Unfinished:
             manifest = read_manifest(self.folder)
             begun, totals = manifest.plan, [_totals_of(shard) for shard in manifest.shards]
         elif (self.folder / RECORD).is_file():
-            record = json.loads((self.folder / RECORD).read_text())
-            begun = record.pop("plan")
-            totals = [Totals(**record)]
+            with _damage_told(self.folder):
+                record = json.loads((self.folder / RECORD).read_text())
+                begun = record.pop("plan")
+                totals = [Totals(**record)]
         else:
             return False
         plan.check(begun, self.folder)
@@ -178,14 +179,16 @@ class Unfinished:
     def _resume(self, plan: Plan) -> None:
         file, recorded = self._work / "plan.json", self._work / "shards.json"
         if file.exists():
-            self._plan = json.loads(file.read_text())
-            plan.check(self._plan, self.folder)
+            with _damage_told(self.folder):
+                self._plan = json.loads(file.read_text())
+                plan.check(self._plan, self.folder)
         else:
             write_whole(file, lambda out: out.write(json.dumps(self._plan).encode()))
         if recorded.exists():
-            content = json.loads(recorded.read_text())
-            self._shards = [shard_from(table) for table in content["shards"]]
-            self.next_unit = content["next_unit"]
+            with _damage_told(self.folder):
+                content = json.loads(recorded.read_text())
+                self._shards = [shard_from(table) for table in content["shards"]]
+                self.next_unit = content["next_unit"]
             for shard in self._shards:
                 self.totals = self.totals.plus(_totals_of(shard))
         for piece in self._pieces():  # a kill came between a shard and the end of its pieces
@@ -253,6 +256,17 @@ class Unfinished:
                 file.seek(0)
                 for length in lengths.tolist():
                     yield np.frombuffer(file.read(length * dtype.itemsize), dtype)
+
+
+@contextlib.contextmanager
+def _damage_told(folder: Path) -> Iterator[None]:
+    """InputError for a record that is not as it was written."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(
+            f"--output {folder}: what it says of itself is damaged; remove it, and tokenize again"
+        ) from error
 
 
 def _totals_of(shard: Shard) -> Totals:

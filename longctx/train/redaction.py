@@ -1,7 +1,7 @@
 """Hides secrets in whatever a run tells: config, command line, messages of errors.
 
 A secret is the value of a name that ends in `_key` or `_token`, or has `secret`, `password` or
-`credential` in it, and what stands before the @ of a URL.
+`credential` in it, what stands before the @ of a URL, and a token whose kind its beginning tells.
 """
 
 import re
@@ -19,7 +19,11 @@ _ASSIGNED = re.compile(rf"({_IN_QUERY}=|{_IS}){_VALUE}", re.IGNORECASE)
 _WRITTEN_OUT = re.compile(rf"({_IS})(?:\"[^\"\n]+\"|'[^'\n]+')", re.IGNORECASE)
 _OPTION = re.compile(rf"(--[\w.-]{{0,80}}{_ENDING}\s{{1,9}}){_VALUE}", re.IGNORECASE)
 _USER_OF_URL = re.compile(r"://(?:[^\s/@]{1,999}@|[^\s/@:]{1,99}:[^\s@]{1,999}@)")
-_BEARER = re.compile(r"\b(bearer\s{1,9})[\w.~+/-]{8,}=*", re.IGNORECASE)
+_BEARER = re.compile(
+    r"\b((?:bearer|authorization:\s{0,9}basic)\s{1,9})[\w.~+/-]{8,}=*", re.IGNORECASE
+)
+_KNOWN = re.compile(r"\b(?:hf_|gh[pousr]_|glpat-|sk-|AKIA)[\w-]{16,}")
+"""Tokens that tell by their beginning what they are."""
 
 
 def redact(value: Any) -> Any:
@@ -41,7 +45,7 @@ def redact_source(text: str) -> str:
     """Source code with secrets that are written out hidden; `api_key = read()` stays."""
     text = _USER_OF_URL.sub(f"://{HIDDEN}@", text)
     text = _WRITTEN_OUT.sub(rf'\g<1>"{HIDDEN}"', text)
-    return _BEARER.sub(rf"\g<1>{HIDDEN}", text)
+    return _KNOWN.sub(HIDDEN, _BEARER.sub(rf"\g<1>{HIDDEN}", text))
 
 
 def _redact_value(key: Any, value: Any) -> Any:
@@ -71,4 +75,4 @@ def _redact_text(text: str) -> str:
     text = _USER_OF_URL.sub(f"://{HIDDEN}@", text)
     for pattern in (_ASSIGNED, _OPTION, _BEARER):
         text = pattern.sub(rf"\g<1>{HIDDEN}", text)
-    return text
+    return _KNOWN.sub(HIDDEN, text)

@@ -118,6 +118,7 @@ class Trainer:
                 signal = self.stop.requested or "a signal to another process"
                 log.warn(f"{signal}: saved step {progress.step}; the same command resumes")
                 return signal
+            watchdog.beat(progress.step, "evaluation")
             conclude(self, log)
             return ""
 

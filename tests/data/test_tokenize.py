@@ -191,6 +191,20 @@ def stop_after(pieces: int, monkeypatch) -> None:
     monkeypatch.setattr(module.Unfinished, "write_piece", write_piece)
 
 
+@pytest.mark.parametrize("name", ["plan.json", "shards.json"])
+@pytest.mark.parametrize("content", ["{", "[]", '{"shards": 3}'])
+def test_a_damaged_record_is_one_line(texts, tmp_path, monkeypatch, name, content):
+    with monkeypatch.context() as patch:
+        stop_after(4, patch)
+        with pytest.raises(KeyboardInterrupt):
+            tokenize(str(texts), config(tmp_path, shard_tokens=100))
+    record = tmp_path / "tokens" / UNFINISHED / name
+    assert record.exists()
+    record.write_text(content)
+    with pytest.raises(InputError, match=r"damaged|something else"):
+        tokenize(str(texts), config(tmp_path, shard_tokens=100))
+
+
 def test_a_second_run_finds_it_complete(texts, tmp_path):
     first = tokenize(str(texts), config(tmp_path))
     before = contents(tmp_path / "tokens")

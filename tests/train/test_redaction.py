@@ -20,12 +20,15 @@ SECRETS = {
     "https://x/y?sig=hunter2&sv=1": f"https://x/y?sig={HIDDEN}&sv=1",
     "https://x/y?v=1&X-Amz-Signature=hunter2": f"https://x/y?v=1&X-Amz-Signature={HIDDEN}",
     "Authorization: Bearer hunter2hunter2": f"Authorization: Bearer {HIDDEN}",
+    "Authorization: Basic hunter2hunter2": f"Authorization: Basic {HIDDEN}",
     "Password : hunter2": f"Password : {HIDDEN}",
+    "refused hf_hunter2hunter2hunter2 today": f"refused {HIDDEN} today",
 }
 PLAIN = (
     "step 3: loss 2.5, 1,234 tok/s",
     "model.mixers.S.near_keys = 11: must be odd",
     "runs/mine/checkpoints/step-12: 3 tokens, key = 4",
+    "a basic retention of task-5-is-not-a-token and AKIAB",
     "wandb-run@2: see https://host/a?b=c and a@b.org",
     "memory.mlp_tokens = 0 token_shift=false --model.mixers.S.num_key_heads 4",
 )
