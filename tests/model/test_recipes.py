@@ -1,7 +1,6 @@
 """Ready configs: sizes as published, and a training step of each at a tiny size."""
 
 import math
-from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -12,10 +11,10 @@ from transformers.models.nemotron_h import NemotronHConfig
 from transformers.models.olmo_hybrid import OlmoHybridConfig
 from transformers.models.qwen3_next import Qwen3NextConfig
 
-from longctx.mixers import MixerConfig
-from longctx.model.decoder import Decoder, ModelConfig, initialise
+from longctx.model.decoder import Decoder, initialise
 from longctx.sequence.local import LocalView
 from longctx.train.settings import load_settings
+from tests.presets import shrunk
 
 NOMINAL = {
     "1b-lasp2h": (128256, 1.4),
@@ -29,23 +28,6 @@ NOMINAL = {
 }
 """Vocabulary and published size in billions of weights, where the whole model is built."""
 RECIPES = sorted({*NOMINAL, "kimi-linear", "lansa", "minimax", "qwen3-next"})
-TINY = {
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "num_key_heads": 2,
-    "head_dim": 8,
-    "value_dim": 12,
-    "state_size": 8,
-    "num_groups": 2,
-    "window": 16,
-    "persistent": 2,
-    "block": 8,
-    "num_blocks": 3,
-    "compress_block": 8,
-    "compress_stride": 8,
-    "capacity": 8,
-}
-"""Values for fields that are not 0, at width 32."""
 
 
 def on_meta(name: str, vocabulary: int) -> Decoder:
@@ -116,18 +98,6 @@ def test_layers_of_minimax_have_as_many_weights_as_released():
     sizes, ours = published(config), on_meta("minimax", 256)
     assert of_mixer(ours, "L") == of_layer(sizes, "model.layers.0.self_attn.")
     assert of_mixer(ours, "S") == of_layer(sizes, "model.layers.7.self_attn.")
-
-
-def shrunk(config: ModelConfig) -> ModelConfig:
-    """The same pattern and kinds at width 32."""
-
-    def tiny(mixer: MixerConfig) -> MixerConfig:
-        present = {f.name: getattr(mixer, f.name) for f in fields(mixer)}
-        return replace(mixer, **{n: size for n, size in TINY.items() if present.get(n)})
-
-    mixers = {letter: tiny(mixer) for letter, mixer in config.mixers.items()}
-    depth = min(config.depth, len(config.pattern) + 1)
-    return replace(config, width=32, depth=depth, mlp_hidden=64, mixers=mixers)
 
 
 @pytest.mark.parametrize("name", RECIPES)

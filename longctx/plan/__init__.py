@@ -1,0 +1,1 @@
+"""Predicts a run before it starts: memory, traffic and time."""
