@@ -54,6 +54,7 @@ def conclude(trainer: "Trainer", log: MetricsLog | SilentLog) -> None:
         "unigram_entropy": entropy,
         "tokens": progress.tokens,
         "seconds": progress.seconds,
+        "flops": progress.flops,
         "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
         "skipped": trainer.guard.skipped,
         "parameters": trainer.num_parameters,

@@ -18,6 +18,8 @@ class Progress:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    flops: float = 0.0
+    """Of training: forward passes three times, those that [memory] repeats not counted."""
 
 
 def start(trainer: "Trainer", resumed: Address | None, initial: Address | None) -> None:
@@ -48,7 +50,9 @@ def _resume(trainer: "Trainer", path: Address) -> None:
         load_random(checkpoint, trainer.mesh.rank)
         state = checkpoint.state
     try:
-        trainer.progress = Progress(state["step"], state["tokens"], state["seconds"])
+        trainer.progress = Progress(
+            state["step"], state["tokens"], state["seconds"], state["flops"]
+        )
         trainer.guard.load(state["guard"])
         trainer.loaders.load_state(state["data"])
     except (KeyError, TypeError, AttributeError) as error:

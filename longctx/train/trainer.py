@@ -238,7 +238,8 @@ class Trainer:
         progress, traffic = self.progress, self.mesh.ledger.total()
         progress.tokens += tokens
         progress.seconds += seconds
-        rate = 3 * figures.pop("flops", 0.0) / seconds
+        flops = 3 * figures.pop("flops", 0.0)
+        progress.flops += flops
         return {
             "step": progress.step,
             "loss": None,  # of a step that is left out
@@ -247,7 +248,8 @@ class Trainer:
             "seconds": seconds,
             "data_seconds": self.batches.take_waited(),
             "tokens_per_second": tokens / seconds,
-            "mfu": rate / (self.peak_flops * self.mesh.size),
+            "flops": progress.flops,
+            "mfu": flops / seconds / (self.peak_flops * self.mesh.size),
             "peak_memory_bytes": peak_memory_bytes(self.device),
             "exchange_bytes": traffic.received,
             "exchange_calls": traffic.calls,
@@ -284,6 +286,7 @@ class Trainer:
         state = {
             "tokens": progress.tokens,
             "seconds": progress.seconds,
+            "flops": progress.flops,
             "guard": self.guard.state(),
             "data": self.loaders.state(progress.step),
             "data_fingerprint": self.loaders.fingerprint,

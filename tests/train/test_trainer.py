@@ -29,6 +29,10 @@ def test_run_directory_holds_what_is_promised(settings, rows):
     summary = json.loads((config.run.path / "summary.json").read_text())
     assert summary["val_loss"] == rows(config)[-1]["val_loss"]
     assert summary["tokens"] == 6 * 4 * 48
+    each = [row["mfu"] * row["seconds"] for row in rows(config)]
+    totals = [row["flops"] for row in rows(config)]
+    assert totals == pytest.approx([totals[0] * sum(each[: n + 1]) / each[0] for n in range(6)])
+    assert summary["flops"] == totals[-1]
 
 
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(settings, rows, losses):
@@ -38,6 +42,7 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(settings, rows, lo
     assert len(rows(parts)) == 3
     train(settings("parts"))
     assert losses(parts) == losses(whole)
+    assert [row["flops"] for row in rows(parts)] == [row["flops"] for row in rows(whole)]
     file = "checkpoints/step-6/shard-00001-of-00001.safetensors"
     files = [c.run.path / file for c in (whole, parts)]
     assert files[0].read_bytes() == files[1].read_bytes()
