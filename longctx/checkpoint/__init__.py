@@ -16,7 +16,6 @@ from longctx.checkpoint.crew import Crew, Solo
 from longctx.checkpoint.finding import latest, resolve
 from longctx.checkpoint.reading import Checkpoint, open_checkpoint, read_state
 from longctx.checkpoint.saving import Checkpoints
-from longctx.checkpoint.store import sync_path
 from longctx.parallel.box import Box, model_tensors
 
 __all__ = [
@@ -36,6 +35,5 @@ __all__ = [
     "random_boxes",
     "read_state",
     "resolve",
-    "sync_path",
     "whole",
 ]

@@ -13,6 +13,7 @@ from typing import BinaryIO, Protocol
 from longctx.checkpoint.config import Address, is_remote
 from longctx.checkpoint.manifest import MANIFEST_FILE
 from longctx.checkpoint.strict import DamageError
+from longctx.files import sync_path, write_whole
 
 LATEST_FILE = "latest"
 
@@ -96,15 +97,6 @@ def step_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def sync_path(path: Path) -> None:
-    """Waits until a file's contents, or a directory's names, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def plain_file(file: Path) -> Path:
     """The path of an ordinary file: reading a link or a pipe could do anything."""
     if not stat.S_ISREG(file.lstat().st_mode):
@@ -175,11 +167,7 @@ class LocalStore:
         self._point_to(final.name)
 
     def _point_to(self, name: str) -> None:
-        pointer = self.folder / f".partial-{LATEST_FILE}"
-        pointer.write_text(f"{name}\n")
-        sync_path(pointer)
-        pointer.replace(self.folder / LATEST_FILE)
-        sync_path(self.folder)
+        write_whole(self.folder / LATEST_FILE, f"{name}\n".encode())
 
     def abandon(self, step: int) -> None:
         """Clears away what was written of a step that failed."""

@@ -10,8 +10,6 @@
 
 import hashlib
 import json
-import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -234,31 +232,6 @@ def read_index(file: BinaryIO) -> Index:
     """What `write_index` wrote."""
     lengths, residues = (np.load(file, allow_pickle=False) for _ in range(2))
     return Index(lengths, residues)
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], None], synced: bool = True) -> None:
-    """Lets `write` fill a file that gets its name when it is complete, and on the disk."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            write(file)
-            if synced:
-                file.flush()
-                os.fsync(file.fileno())
-        partial.replace(path)
-        if synced:
-            _sync_names(path.parent)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def _sync_names(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def canonical(value: Any) -> bytes:

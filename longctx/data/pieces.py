@@ -11,8 +11,9 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from longctx.data.folder import Index, read_index, write_index, write_whole
+from longctx.data.folder import Index, read_index, write_index
 from longctx.data.stores import Ids
+from longctx.files import write_whole
 
 COPIED = 2**23
 """Bytes that are read at once."""

@@ -33,12 +33,12 @@ from longctx.data.folder import (
     shard_from,
     sum_of,
     write_index,
-    write_whole,
 )
 from longctx.data.pieces import Batch, Totals, chunks, piece_totals, read_piece, write_piece
 from longctx.data.stores import Ids
 from longctx.data.tokenizer import Tokenizer, find_tokenizer
 from longctx.errors import InputError
+from longctx.files import write_whole
 
 INDEXED = "tokens"
 """Name, without its ending, of the two files that Megatron reads."""
@@ -139,12 +139,12 @@ class Unfinished:
         if self._plan["format"] == "megatron":
             self._write_indexed(tokenizer)
             record = json.dumps({"plan": self._plan, **self.totals._asdict()}, indent=1)
-            write_whole(self.folder / RECORD, lambda file: file.write(f"{record}\n".encode()))
+            write_whole(self.folder / RECORD, f"{record}\n".encode())
         else:
             if self._waiting:
                 self._join()
             manifest = Manifest(self._plan, tuple(self._shards), extras).encode()
-            write_whole(self.folder / MANIFEST, lambda file: file.write(manifest))
+            write_whole(self.folder / MANIFEST, manifest)
         self.is_finished = True
         shutil.rmtree(self._work, ignore_errors=True)
 
@@ -183,7 +183,7 @@ class Unfinished:
                 self._plan = json.loads(file.read_text())
                 plan.check(self._plan, self.folder)
         else:
-            write_whole(file, lambda out: out.write(json.dumps(self._plan).encode()))
+            write_whole(file, json.dumps(self._plan).encode())
         if recorded.exists():
             with _damage_told(self.folder):
                 content = json.loads(recorded.read_text())
@@ -225,7 +225,7 @@ class Unfinished:
         self.next_unit += len(self._waiting)
         content = {"next_unit": self.next_unit, "shards": [asdict(s) for s in self._shards]}
         record = json.dumps(content).encode()
-        write_whole(self._work / "shards.json", lambda file: file.write(record))
+        write_whole(self._work / "shards.json", record)
         for unit in self._waiting:
             self._piece(unit).unlink()
         self._waiting = []
@@ -235,7 +235,7 @@ class Unfinished:
         if not (saved := find_tokenizer(self._work)):
             return {}
         content, file = Path(saved).read_bytes(), self.folder / Path(saved).name
-        write_whole(file, lambda out: out.write(content))
+        write_whole(file, content)
         return {file.name: sum_of(file)}
 
     def _write_indexed(self, tokenizer: Tokenizer) -> None:

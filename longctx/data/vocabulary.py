@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from longctx.data.folder import write_whole
 from longctx.data.options import PathOptions
 from longctx.data.texts import Part, TextSource, open_texts
 from longctx.errors import InputError, OutsideError
+from longctx.files import write_whole
 
 MARKS = ("<|begin|>", "<|end|>")
 SMALLEST = 256 + len(MARKS)
@@ -67,7 +67,7 @@ def train_tokenizer(path: str, config: TrainTokenizerConfig) -> Trained:
     content = tokenizer.to_str(pretty=True).encode()
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(output, lambda file: file.write(content))
+        write_whole(output, content)
     except OSError as error:
         raise OutsideError(f"--output {output}: cannot be written ({error.strerror})") from error
     return Trained(tokenizer.get_vocab_size(), texts.bytes)

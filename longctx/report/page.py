@@ -1,6 +1,5 @@
 """Puts a page together and writes it."""
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import longctx
 from longctx.errors import InputError, OutsideError
+from longctx.files import write_whole
 from longctx.report.panels import (
     derive,
     loss_figure,
@@ -40,13 +40,9 @@ def write_report(paths: Sequence[str], config: ReportConfig) -> str:
         raise InputError("longctx report needs the folders of runs, such as runs/tiny")
     runs = read_runs(paths)
     page, output = render(runs).encode(), Path(config.output)
-    partial = output.with_name(f".partial-{output.name}")
     try:
-        partial.write_bytes(page)
-        partial.replace(output)
+        write_whole(output, page, synced=False)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise OutsideError(f"{output}: cannot write: {error.strerror}") from error
     count = f"{len(runs)} run" + ("s" if len(runs) > 1 else "")
     return f"{output}: {count}, {len(page) / 1e6:.2f} MB"

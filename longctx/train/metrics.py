@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from longctx.checkpoint import sync_path
 from longctx.config.steps import range_of_steps
 from longctx.errors import OutsideError
+from longctx.files import sync_path, write_whole
 from longctx.train.board import Board
 from longctx.train.lines import Lines
 from longctx.train.mirror import Mirror
@@ -174,20 +174,9 @@ def write_json(path: Path, content: Any) -> None:
     path = Path(path)
     try:
         text = json.dumps(_finite(content), allow_nan=False, indent=1) + "\n"
-        _replace(path, text.encode())
+        write_whole(path, text.encode())
     except OSError as error:
         raise OutsideError(f"{path}: cannot write: {error.strerror}") from error
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".partial-{path.name}")
-    try:
-        temporary.write_bytes(content)
-        sync_path(temporary)
-        temporary.replace(path)
-        sync_path(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _drop_rows_after(path: Path, step: int) -> None:
@@ -197,7 +186,7 @@ def _drop_rows_after(path: Path, step: int) -> None:
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if _is_row_up_to(line, step)]
     if kept != lines:
-        _replace(path, b"".join(kept))
+        write_whole(path, b"".join(kept))
 
 
 def _is_row_up_to(line: bytes, step: int) -> bool:

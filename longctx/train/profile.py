@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from longctx.files import write_whole
 from longctx.model.decoder import MLP_ONLY, ModelConfig
 from longctx.parallel import Mesh
 from longctx.sequence.ranges import LAYER, Range, Ranges, Recorded
@@ -90,7 +91,7 @@ class Profiler:
         found = Profile(number, recorded, of_ranks, traffic, kinds, device_times(trace))
         text = summarise(found)
         try:
-            _replace(folder / SUMMARY, text.encode())
+            write_whole(folder / SUMMARY, text.encode())
             log.info(f"profile of step {number} in {folder}")
         except OSError as error:
             log.warn(f"{folder / SUMMARY}: cannot write: {error.strerror}")
@@ -161,7 +162,7 @@ def _write_trace(path: Path, traced: profile, recorded: Recorded) -> dict[str, A
         if event.get("cat") == "user_annotation" and event["name"] == str(step.name)
     )
     events += _rows(recorded, begin - step.begin / MICROSECOND)
-    _replace(path, gzip.compress(json.dumps(trace).encode(), compresslevel=5))
+    write_whole(path, gzip.compress(json.dumps(trace).encode(), compresslevel=5), synced=False)
     return trace
 
 
@@ -181,12 +182,3 @@ def _event(own: Range, shift: float) -> dict[str, Any]:
     length = (own.end - own.begin) / MICROSECOND
     start = own.begin / MICROSECOND + shift
     return {"ph": "X", "name": str(own.name), "cat": own.kind, "ts": start, "dur": length}
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".partial-{path.name}")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -5,10 +5,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from longctx.checkpoint import Address, latest, read_state, sync_path
+from longctx.checkpoint import Address, latest, read_state
 from longctx.config import decode, first_difference, load_table, to_toml
 from longctx.data import Tokenizer
 from longctx.errors import InputError, OutsideError
+from longctx.files import write_whole
 from longctx.train.settings import IDENTITY, MAY_CHANGE, Settings
 
 CONFIG_FILE = "config.toml"
@@ -57,10 +58,7 @@ def write_config(settings: Settings, tokenizer: Tokenizer | None = None) -> None
     folder = settings.run.path
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".partial-{CONFIG_FILE}"
-        partial.write_text(to_toml(settings))
-        sync_path(partial)
-        partial.replace(folder / CONFIG_FILE)
+        write_whole(folder / CONFIG_FILE, to_toml(settings).encode())
         if tokenizer:
             tokenizer.save(folder)
     except OSError as error:

@@ -11,12 +11,12 @@ from longctx.data.folder import (
     TokenFolder,
     is_token_folder,
     read_manifest,
-    write_whole,
 )
 from longctx.data.pieces import Batch
 from longctx.data.tokenizer import ByteTokenizer
 from longctx.data.unfinished import Plan, Unfinished
 from longctx.errors import InputError
+from longctx.files import write_whole
 
 
 class Hundred(ByteTokenizer):

@@ -331,7 +331,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(texts, tmp_path, m
         patch.setattr(os, "fsync", fsync)
         with pytest.raises(OutsideError, match=r"^--output [^\n]*No space left[^\n]*free some"):
             tokenize(str(texts), config(tmp_path))
-    assert not list((tmp_path / "tokens").rglob("*.partial"))
+    assert not list((tmp_path / "tokens").rglob(".partial-*"))
     with pytest.raises(InputError, match="unfinished"):
         TokenFolder(tmp_path / "tokens")
     tokenize(str(texts), config(tmp_path))

@@ -190,7 +190,7 @@ def test_a_full_disk_leaves_the_page_of_before(two, tmp_path, monkeypatch, capsy
 
     page = tmp_path / "page.html"
     page.write_text("before")
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(Path, "replace", full)
     assert main(["report", *map(str, two), "--output", str(page)]) == 1
     assert "No space left" in capsys.readouterr().err
     assert page.read_text() == "before"

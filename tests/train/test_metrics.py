@@ -84,7 +84,7 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path, monkeypatch):
     def fail(_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(metrics, "sync_path", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OutsideError, match=r"summary\.json: .*No space left"):
         write_json(path, {"tokens": 2})
     assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
