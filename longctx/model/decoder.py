@@ -15,6 +15,7 @@ from longctx.mixers.base import Backend, RMSNorm
 from longctx.model.block import Block
 from longctx.model.layers import FEED_FORWARD
 from longctx.model.loss import linear_cross_entropy, score_labels
+from longctx.model.matrices import growing_matrices
 from longctx.model.memory import BlockMemory, MemoryConfig
 from longctx.model.offload import Copier, waiting_room
 from longctx.sequence.local import LocalView
@@ -50,11 +51,16 @@ class ModelConfig:
     """Share of a layer's outputs that training leaves out."""
     init_std: float = 0.02
     """Standard deviation of initial weights; divided by sqrt(2 depth) on the way back to width."""
+    base_width: int = 0
+    """muP: the width at which learning rate and init_std were tuned, from where they are carried
+    over to this width; 0 takes both as they are."""
 
     def __post_init__(self) -> None:
         for name in ("width", "depth"):
             if getattr(self, name) < 1:
                 raise InputError(f"model.{name} = {getattr(self, name)}: must be at least 1")
+        if self.base_width < 0:
+            raise InputError(f"model.base_width = {self.base_width}: must be 0 or positive")
         if not self.pattern:
             raise InputError("model.pattern is empty: give one letter a layer, such as 'LLLS'")
         if MLP_ONLY in self.mixers:
@@ -105,6 +111,11 @@ class ModelConfig:
     def letters(self) -> str:
         """The letter of each layer."""
         return (self.pattern * -(-self.depth // len(self.pattern)))[: self.depth]
+
+    @property
+    def narrowing(self) -> float:
+        """muP's base width as a share of the width; 1 without muP."""
+        return self.base_width / self.width if self.base_width else 1.0
 
     @property
     def reuses_keys(self) -> bool:
@@ -202,7 +213,7 @@ class Decoder(nn.Module):
                 by_name.setdefault(name, []).append(loss)
             statistics |= {f"{layer}.{name}": value for name, value in sums.items()}
         means = {name: torch.stack(losses).mean() for name, losses in by_name.items()}
-        hidden_MD = self.norm(x_BTD).flatten(0, 1)
+        hidden_MD = self._before_head(x_BTD).flatten(0, 1)
         weight_VD = self.head.weight
         if torch.is_autocast_enabled(hidden_MD.device.type):
             dtype = torch.get_autocast_dtype(hidden_MD.device.type)
@@ -237,7 +248,13 @@ class Decoder(nn.Module):
         for block, layer_memory in zip(self.blocks, memory or [None] * len(self.blocks)):
             x_BTD, layer_memory = block.step(x_BTD, view, layer_memory)
             after.append(layer_memory)
-        return self.head(self.norm(x_BTD[:, -1])), after
+        return self.head(self._before_head(x_BTD[:, -1])), after
+
+    def _before_head(self, x: Tensor) -> Tensor:
+        """What the head multiplies; muP scales it, and so the logits, also those of a head that is
+        the embedding or is shared by processes."""
+        scale, x = self.config.narrowing, self.norm(x)
+        return x if scale == 1 else x * scale
 
     def num_parameters(self) -> int:
         """Weights, tied ones counted once."""
@@ -268,7 +285,7 @@ def draw(module: nn.Module, config: ModelConfig, seed: int, prefix: str) -> None
 
     From a generator keyed by seed and name, which begins with `prefix`, so order cannot matter.
     """
-    modules = dict(module.named_modules())
+    modules, growing = dict(module.named_modules()), growing_matrices(module)
     for name, parameter in module.named_parameters():
         key = hashlib.sha256(f"{seed}/{prefix}{name}".encode()).digest()[:8]
         generator = torch.Generator().manual_seed(int.from_bytes(key, "big") >> 1)
@@ -279,6 +296,8 @@ def draw(module: nn.Module, config: ModelConfig, seed: int, prefix: str) -> None
             std = config.init_std
             if name.endswith("project_out.weight"):
                 std /= (2 * config.depth) ** 0.5
+            if name in growing:
+                std *= config.narrowing**0.5
             drawn = std * torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
         if drawn is not None:
             parameter.copy_(drawn)

@@ -72,7 +72,7 @@ class DeepSpeedEngine(Engine):
         """As the others do, but nothing changes if the norm is not finite; what lies on NVMe is not
         looked at for the change's norm, which is then NaN."""
         for group in self._spread.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_share"]
         if self._update_norm is None:
             self._step()
             return torch.tensor(math.nan, device=self.mesh.device)

@@ -121,7 +121,7 @@ class TorchEngine(Engine):
         gradients = [self._local(g) for _, g in self._gradients()]
         torch._foreach_mul_(gradients, scale.to(gradients[0].device))
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_share"]
         self._update_norm.before()
         self.optimizer.step()
         self.discard()

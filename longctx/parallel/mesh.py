@@ -16,6 +16,7 @@ from longctx.parallel.crew import GlooCrew
 from longctx.parallel.megatron import TensorGroup, drop_tensor_groups, make_tensor_group
 from longctx.parallel.rendezvous import join
 from longctx.sequence.c10d import ProcessGroup
+from longctx.sequence.communicator import Alone, Communicator
 from longctx.sequence.ledger import OUTSIDE_LAYERS, Label, Ledger
 from longctx.sequence.local import LocalView
 from longctx.sequence.plan import Documents, Plan
@@ -144,6 +145,17 @@ class Mesh:
         within = self._own_group([row for m in every for row in m.tolist()]).group
         names = ("replicas", "shards")
         return DeviceMesh.from_group([across, within], kind, mesh=each_RS, mesh_dim_names=names)
+
+    def holders(self) -> Communicator:
+        """The processes that hold one copy of the weights together; without an engine that spreads
+        them, all. Every process calls this once."""
+        each = self.size // self.split.replicas
+        if each == 1:
+            return Alone()
+        if each == self.size:
+            return self._world
+        firsts = range(0, self.size, each)
+        return self._own_group([range(first, first + each) for first in firsts])
 
     def crew(self) -> GlooCrew | None:
         """All processes, to speak about checkpoints beside the training; None for one alone."""

@@ -8,13 +8,16 @@ from torch import Tensor
 from longctx.errors import InputError
 from longctx.model.decoder import Decoder, initialise
 from longctx.model.first_weights import FirstWeights
+from longctx.model.matrices import HiddenMatrix, hidden_matrices
 from longctx.model.memory import check_host, host_bytes_needed
 from longctx.parallel import Mesh, Split
 from longctx.parallel.deepspeed import DeepSpeedEngine
 from longctx.parallel.engine import Engine, Replicated
 from longctx.parallel.fsdp import Sharded, Sharder
+from longctx.parallel.matrices import spread
 from longctx.parallel.megatron import check_installed as check_megatron
 from longctx.parallel.mesh import processes_here
+from longctx.parallel.muon import Wholes
 from longctx.parallel.offload import check_state_on_host
 from longctx.parallel.shares import refuse_tp
 from longctx.parallel.tensor_parallel import TensorSplit, split_decoder
@@ -28,16 +31,31 @@ def settle_engine(settings: Settings, split: Split) -> Split:
     """The split with the engine that it needs; InputError if that, or what it asks for, is not
     there."""
     _check_room(settings, split)
-    if settings.memory.weights == "cpu" and settings.parallel.engine == "fsdp2":
-        split = replace(split, engine="fsdp2")
-    _check_precision(settings, split)
+    config = settings.train
+    split = fit_engine(settings, split, config.resolve_precision(config.resolve_device()))
     if split.tp > 1:
-        _check_tp(settings, split)
+        check_megatron()
     if split.engine == "deepspeed":
         check_installed()
         _zero(settings, split)
-    else:
+    return split
+
+
+def fit_engine(settings: Settings, split: Split, precision: str) -> Split:
+    """The split with the engine that it needs; InputError if that cannot do what is asked for, on
+    whatever machine."""
+    if settings.memory.weights == "cpu" and settings.parallel.engine == "fsdp2":
+        split = replace(split, engine="fsdp2")
+    _check_precision(settings, split, precision)
+    if split.tp > 1:
+        _check_tp(settings, split)
+    if split.engine != "deepspeed":
         _check_places(settings, split)
+    elif settings.optim.kind == "muon":
+        raise InputError(
+            "optim.kind = 'muon': engine 'deepspeed' cuts matrices anywhere; choose "
+            "parallel.engine 'fsdp2', or kind 'adamw'"
+        )
     return split
 
 
@@ -51,9 +69,7 @@ def _check_room(settings: Settings, split: Split) -> None:
         check_host(needed * processes_here())
 
 
-def _check_precision(settings: Settings, split: Split) -> None:
-    config = settings.train
-    precision = config.resolve_precision(config.resolve_device())
+def _check_precision(settings: Settings, split: Split, precision: str) -> None:
     if settings.parallel.weights == "bf16" and precision != "bf16":
         raise InputError(
             f"parallel.weights = 'bf16' with train.precision = {precision!r}: set precision to "
@@ -92,7 +108,6 @@ def _check_tp(settings: Settings, split: Split) -> None:
             raise InputError(f"layer {layer} ({mixer.kind}) cannot share its heads: {reason}")
     if split.engine == "deepspeed":
         raise InputError("parallel.tp: engine 'deepspeed' does not share heads; choose 'fsdp2'")
-    check_megatron()
 
 
 def build_engine(settings: Settings, vocab_size: int, mesh: Mesh) -> Engine:
@@ -101,9 +116,10 @@ def build_engine(settings: Settings, vocab_size: int, mesh: Mesh) -> Engine:
         return _sharded(settings, vocab_size, mesh)
     model = Decoder(settings.model, vocab_size, settings.memory)
     initialise(model, settings.run.seed)
+    matrices = hidden_matrices(model)
     split = split_decoder(model, mesh.tensor_group, mesh.device) if mesh.tensor_group else None
     model.to(mesh.device, _dtype(settings, mesh))
-    optimizer = build_optimizer(model, settings.optim)
+    optimizer = build_optimizer(model, settings.optim, _wholes(settings, matrices, mesh, split))
     if mesh.split.engine == "deepspeed":
         zero = _zero(settings, mesh.split)
         _check_state(settings, model, mesh)
@@ -115,6 +131,7 @@ def _sharded(settings: Settings, vocab_size: int, mesh: Mesh) -> Engine:
     """No process ever holds more than a layer of a model that is spread."""
     with torch.device("meta"):
         model = Decoder(settings.model, vocab_size, settings.memory)
+    matrices = hidden_matrices(model)
     split = split_decoder(model, mesh.tensor_group, mesh.device) if mesh.tensor_group else None
     _check_state(settings, model, mesh)
     model.to(_dtype(settings, mesh))
@@ -127,12 +144,27 @@ def _sharded(settings: Settings, vocab_size: int, mesh: Mesh) -> Engine:
     _move_buffers(model, mesh.device)
     if settings.model.tied_head:
         model.head.weight = model.embedding.weight
-    optimizer = build_optimizer(model, settings.optim)
+    optimizer = build_optimizer(model, settings.optim, _wholes(settings, matrices, mesh, split))
     engine = Sharded(model, optimizer, settings.optim.clip_norm, mesh, split)
     first = FirstWeights(settings.model, vocab_size, settings.run.seed)
     engine.load(first.read, (), weights_only=True)
     first.fill_buffers(model, lambda name, whole: _part(split, name, whole))
     return engine
+
+
+def _wholes(
+    settings: Settings,
+    matrices: dict[str, HiddenMatrix],
+    mesh: Mesh,
+    split: TensorSplit | None,
+) -> Wholes | None:
+    """How Muon has whole matrices computed; None without it. A bf16 run's iterate in bf16."""
+    if settings.optim.kind != "muon":
+        return None
+    is_narrow = settings.train.resolve_precision(mesh.device) == "bf16"
+    dtype = torch.bfloat16 if is_narrow else _dtype(settings, mesh)
+    cuts = split.cuts if split else None
+    return Wholes(mesh, spread(matrices, cuts, mesh.split.engine == "fsdp2"), dtype)
 
 
 def _move_buffers(model: Decoder, device: torch.device) -> None:

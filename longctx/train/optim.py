@@ -1,21 +1,26 @@
-"""AdamW and its learning-rate schedule."""
+"""AdamW, Muon, and their learning-rate schedule."""
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from longctx.errors import InputError
+from longctx.model.decoder import Decoder
+from longctx.model.matrices import growing_matrices, hidden_matrices
+from longctx.parallel.muon import Muon, Wholes
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """The `[optim]` table."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """Who changes the matrices of linear layers inside of blocks; everything else is AdamW's."""
     lr: float = 1e-3
-    """Peak learning rate."""
+    """Peak learning rate; Muon's changes have the size of AdamW's, so one serves both."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """After warm-up: a cosine, or constant with a linear decay at the end (wsd), or constant."""
     warmup_steps: int = 50
@@ -30,6 +35,10 @@ class OptimConfig:
     """AdamW's term against division by zero."""
     weight_decay: float = 0.1
     """Decay of matrices; norms and embeddings have none."""
+    momentum: float = 0.95
+    """Muon's averaging constant."""
+    ns_steps: int = 5
+    """Newton-Schulz iterations that make Muon's momentum orthogonal."""
     clip_norm: float = 1.0
     """Largest norm of the gradient; 0 does not clip."""
 
@@ -42,22 +51,54 @@ class OptimConfig:
                 raise InputError(f"optim.{name} = {getattr(self, name)}: must not be negative")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"optim.betas = {list(self.betas)}: expected two numbers in [0, 1)")
+        if not 0 <= self.momentum < 1:
+            raise InputError(f"optim.momentum = {self.momentum}: must be at least 0 and below 1")
+        if self.ns_steps < 1:
+            raise InputError(f"optim.ns_steps = {self.ns_steps}: must be at least 1")
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    decayed, plain = [], []
-    for parameter in model.parameters():
-        is_matrix = parameter.dim() > 1 and id(parameter) not in embeddings
-        (decayed if is_matrix else plain).append(parameter)
+def muon_names(model: Decoder) -> list[str]:
+    """Weights that Muon changes, of a model whose heads are not shared."""
+    return list(hidden_matrices(model))
+
+
+def build_optimizer(
+    model: Decoder, config: OptimConfig, wholes: Wholes | None = None
+) -> torch.optim.Optimizer:
+    """AdamW with weight decay on matrices only; or Muon beside it, which needs to know how the
+    matrices of `muon_names` are held.
+
+    A group's `lr_share` is what muP makes of the learning rate there; a step decays as it would
+    without.
+    """
+    by_muon = set(muon_names(model)) if config.kind == "muon" else set[str]()
+    narrowing, growing = model.config.narrowing, growing_matrices(model)
+    own: list[dict[str, Any]] = []
+    others: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        share = narrowing if name in growing else 1.0
+        if name in by_muon:
+            own.append({"params": [parameter], "lr": config.lr, "lr_share": share**0.5})
+        else:
+            is_plain = parameter.dim() < 2 or parameter is model.embedding.weight
+            others.setdefault((is_plain, share), []).append(parameter)
+    for group in own:
+        group["weight_decay"] = config.weight_decay / group["lr_share"]
     groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        {
+            "params": others[is_plain, share],
+            "weight_decay": 0.0 if is_plain else config.weight_decay / share,
+            "lr_share": share,
+        }
+        for is_plain, share in sorted(others)
     ]
-    return torch.optim.AdamW(
+    adamw = torch.optim.AdamW(
         groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=True
     )
+    if not own:
+        return adamw
+    assert wholes is not None, "Muon without a way to bring matrices together"
+    return Muon(own, wholes, adamw, config.momentum, config.ns_steps)
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from longctx.errors import OutsideError
-from longctx.train import lines, metrics, mirror, progress
+from longctx.train import lines, mirror, progress
 from longctx.train.curves import draw_loss
 from longctx.train.metrics import LogConfig, MetricsLog, write_json
 from tests.train.fake_wandb import FakeRun
