@@ -43,9 +43,9 @@ def packages_below(folder: Path) -> set[str]:
 
 def test_the_list_of_packages_equals_the_folders_on_disk():
     kernels = packages_below(ROOT / "kernels" / "longctx_kernels")
-    on_disk = (
-        packages_below(ROOT / "longctx") | kernels | {"longctx.configs", "longctx.launch.scripts"}
-    )
+    mapped = {"longctx.configs", "longctx.launch.scripts"}
+    mapped |= {"longctx.configs.clusters", "longctx.configs.studies"}
+    on_disk = packages_below(ROOT / "longctx") | kernels | mapped
     assert set(SETUPTOOLS["packages"]) == on_disk
     assert len(SETUPTOOLS["packages"]) == len(on_disk)
 

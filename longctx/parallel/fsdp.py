@@ -1,6 +1,7 @@
 """PyTorch's fully sharded data parallelism: weights, gradients and optimizer state spread over the
 processes of a shard group, whatever they share of sequences."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,7 +48,13 @@ class Sharder:
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
         sharded.set_custom_all_gather(_CountedGather(self._ledger, layer))
-        sharded.set_custom_reduce_scatter(_CountedScatter(self._ledger, layer, self._replicas))
+        sharded.set_custom_reduce_scatter(_CountedScatter(self._ledger, layer))
+        if self._replicas > 1:
+            # A scatter over one process is left out by PyTorch, the sum over replicas is not.
+            sharded.set_all_reduce_hook(partial(self._count_sum, Label(layer, "gradients")))
+
+    def _count_sum(self, label: Label, summed: Tensor) -> None:
+        self._ledger.record(label, all_reduce_bytes(summed, self._replicas))
 
 
 class Sharded(TorchEngine):
@@ -107,10 +114,10 @@ class _CountedGather(_Buffers):
 
 
 class _CountedScatter(_Buffers):
-    """Sums the gradients of a layer, and counts the sum over replicas that follows."""
+    """Sums the gradients of a layer."""
 
-    def __init__(self, ledger: Ledger, layer: int, replicas: int):
-        self._ledger, self._label, self._replicas = ledger, Label(layer, "gradients"), replicas
+    def __init__(self, ledger: Ledger, layer: int):
+        self._ledger, self._label = ledger, Label(layer, "gradients")
 
     def __call__(
         self,
@@ -122,9 +129,6 @@ class _CountedScatter(_Buffers):
     ) -> Any:
         shards = dist.get_world_size(group)
         self._ledger.record(self._label, (shards - 1) * output_tensor.nbytes)
-        if self._replicas > 1:
-            bytes_received = all_reduce_bytes(output_tensor, self._replicas)
-            self._ledger.record(self._label, bytes_received)
         return named(
             self._ledger,
             self._label,

@@ -8,6 +8,7 @@ from longctx.parallel import Split
 from longctx.sequence.expected import WIDTHS, Share
 from longctx.sequence.placement import Placement
 from longctx.sequence.plan import Documents
+from longctx.train.engines import fit_engine
 from longctx.train.prepare import settle_mesh
 from longctx.train.settings import Settings
 
@@ -67,4 +68,5 @@ def workload(settings: Settings, processes: int, vocab_size: int, precision: str
     """The work of so many processes; InputError if they cannot share it like that."""
     if vocab_size < 1:
         raise InputError(f"vocab_size = {vocab_size}: must be at least 1")
-    return Workload(settings, settle_mesh(settings, processes), vocab_size, precision)
+    split = fit_engine(settings, settle_mesh(settings, processes), precision)
+    return Workload(settings, split, vocab_size, precision)

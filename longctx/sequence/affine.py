@@ -116,7 +116,8 @@ class GatheredPrefix(Prefix):
             gathered = torch.stack([parts[r][i] for r, i in self.plan.placement.order])
             if self._factors is None:
                 gathered, factors = gathered.split((added[0].numel(), own[0].numel()), 1)
-                self._factors = factors.reshape(-1, *own.shape[1:])
+                # A copy: a view would hold the states of all segments until the backward pass.
+                self._factors = factors.reshape(-1, *own.shape[1:]).clone()
             everything = gathered.reshape(-1, *added.shape[1:])
             return list(zip(everything, self._factors, self.transitions.linked))
 

@@ -6,7 +6,7 @@ block has none.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from longctx.sequence.expected import Expected, Share, both_ways
 from longctx.sequence.ledger import Traffic
-from longctx.sequence.plan import Plan
+from longctx.sequence.placement import Placement
+from longctx.sequence.plan import Documents, Plan
 from longctx.sequence.running import wide
 from longctx.sequence.verbs import GatherParts
 from longctx.sequence.view import SequenceView
@@ -60,21 +61,30 @@ class Blocks:
 
     def of_rank(self, rank: int) -> Tensor:
         """Numbers of the blocks that a rank has tokens of, rising."""
-        parts = []
+        return torch.cat([torch.arange(*touched) for touched in self._touched(rank)]).unique()
+
+    def _touched(self, rank: int) -> list[tuple[int, int]]:
+        """Ranges of the blocks that each of a rank's pieces has tokens of; both ends rise."""
+        found = []
         for piece in self.plan.pieces_of(rank):
             first, count = self.documents[piece.row, piece.document]
             start = piece.position - piece.document
             last = start + piece.stop - piece.start - 1
             begin = max(0, (start - self.block) // self.stride + 1)
-            parts.append(
-                first + torch.arange(begin, max(begin, min(count, last // self.stride + 1)))
-            )
-        return torch.cat(parts).unique()
+            found.append((first + begin, first + max(begin, min(count, last // self.stride + 1))))
+        return found
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
         """Pieces of each rank."""
-        return tuple(len(self.of_rank(rank)) for rank in range(self.plan.placement.ranks))
+        counts = []
+        for rank in range(self.plan.placement.ranks):
+            count = before = 0
+            for begin, end in self._touched(rank):
+                count += max(0, end - max(begin, before))
+                before = max(before, end)
+            counts.append(count)
+        return tuple(counts)
 
 
 class PieceTables(NamedTuple):
@@ -148,10 +158,16 @@ def block_sums_traffic(
 ) -> Expected:
     """Of pieces of so many elements: `(P - 1) n elements` of a state's width each way, n the
     largest number of pieces of a rank."""
-    counts = share.plan.once(Blocks, block, stride or block).counts
+    counts = _counts(share.placement, share.plan.documents, block, stride or block)
     received = (share.placement.ranks - 1) * max(counts) * elements * share.widths.state
     each = Traffic(int(any(counts)), received)
     return both_ways(MEANS, each, each if has_gradient else Traffic(0, 0))
+
+
+@lru_cache(maxsize=32)
+def _counts(placement: Placement, documents: Documents, block: int, stride: int) -> tuple[int, ...]:
+    """Pieces of each rank, for all ranks that ask."""
+    return Blocks(Plan(placement, 0, documents), block, stride).counts
 
 
 def _tables(plan: Plan, block: int, stride: int, device: torch.device) -> PieceTables:

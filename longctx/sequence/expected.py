@@ -4,17 +4,19 @@ Every formula gives one rank's traffic in one forward and one backward pass, exa
 counts it. Exchanges within a group of one rank count as calls without bytes.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from functools import lru_cache
+from typing import NamedTuple, Protocol, TypeVar
 
 from longctx.sequence.ledger import Label, Traffic
-from longctx.sequence.placement import Placement, Segment
+from longctx.sequence.placement import Placement
 from longctx.sequence.plan import Documents, Plan
 from longctx.sequence.sharded import SCAN_BLOCKS, Transports
 
 Expected = dict[tuple[str, bool], Traffic]
 """Traffic by (verb, whether in the backward pass)."""
+Name = TypeVar("Name", bound=Hashable)
 
 
 class Widths(NamedTuple):
@@ -66,10 +68,10 @@ class Share:
         return Plan(self.placement, self.rank, self.documents or ((0,),) * self.rows)
 
     @property
-    def _groups(self) -> tuple[tuple[int, ...], ...]:
+    def _group(self) -> range:
         size = self.transports.heads
-        starts = range(0, self.placement.ranks, size)
-        return tuple(tuple(range(start, start + size)) for start in starts)
+        first = self.rank // size * size
+        return range(first, first + size)
 
     @property
     def own_tokens(self) -> int:
@@ -79,8 +81,7 @@ class Share:
     @property
     def group_tokens(self) -> int:
         """Tokens of a row in this rank's Ulysses group."""
-        members = self._groups[self.rank // self.transports.heads]
-        return sum(self.placement.lengths[rank] for rank in members)
+        return sum(self.placement.lengths[rank] for rank in self._group)
 
     @property
     def traded_tokens(self) -> tuple[int, int]:
@@ -90,21 +91,38 @@ class Share:
 
     def of_group(self) -> "Share | None":
         """The share of the whole Ulysses group; None if that is everything."""
-        if len(self._groups) == 1:
+        size = self.transports.heads
+        if size == self.placement.ranks:
             return None
-        merged, group = self.placement.merged(self._groups), self.rank // self.transports.heads
         transports = replace(self.transports, prefix="allgather", heads=1)
-        return replace(self, placement=merged, rank=group, transports=transports)
+        return replace(
+            self,
+            placement=_in_groups(self.placement, size),
+            rank=self.rank // size,
+            transports=transports,
+        )
 
 
-def combined(parts: Iterable[Expected]) -> Expected:
-    """Everything together."""
-    total: Expected = {}
+@lru_cache(maxsize=32)
+def _in_groups(placement: Placement, size: int) -> Placement:
+    """The placement in which neighbouring ranks act as one."""
+    starts = range(0, placement.ranks, size)
+    return placement.merged(tuple(tuple(range(start, start + size)) for start in starts))
+
+
+def combined(parts: Iterable[dict[Name, Traffic]]) -> dict[Name, Traffic]:
+    """Everything together, name by name."""
+    total: dict[Name, Traffic] = {}
     for part in parts:
         for key, (calls, received) in part.items():
             before = total.get(key, Traffic(0, 0))
             total[key] = Traffic(before.calls + calls, before.received + received)
     return total
+
+
+def all_reduce(elements: int, ranks: int, width: int, calls: int = 1) -> Traffic:
+    """Sums of so many elements over ranks: all parts of the own share, then all shares."""
+    return Traffic(calls, calls * 2 * (ranks - 1) * -(-elements // ranks) * width)
 
 
 def both_ways(verb: str, forward: Traffic, backward: Traffic) -> Expected:
@@ -255,28 +273,13 @@ def gather_traffic(share: Share, key_heads: int, pair: int) -> Expected:
 
 def halo_traffic(share: Share, left: int, token: int, right: int = 0) -> Expected:
     """The tokens beside each segment, of this many elements; their gradients go home."""
-    placement, me = share.placement, share.rank
-    arriving = leaving = 0
-    for rank, own in enumerate(placement.segments):
-        for segment in own:
-            before = Segment(max(0, segment.start - left), segment.start)
-            after = Segment(segment.stop, segment.stop + right)
-            for owner, held in enumerate(placement.segments):
-                if owner == rank:
-                    continue
-                tokens = sum(_overlap(before, other) + _overlap(after, other) for other in held)
-                arriving += tokens * (rank == me)
-                leaving += tokens * (owner == me)
+    arriving, leaving = share.placement.beside(share.rank, left, right)
     size, calls = share.rows * token, int(arriving + leaving > 0)
     return both_ways(
         "halo",
         Traffic(calls, arriving * size * share.widths.activation),
         Traffic(calls, leaving * size * share.widths.state),
     )
-
-
-def _overlap(left: Segment, right: Segment) -> int:
-    return max(0, min(left.stop, right.stop) - max(left.start, right.start))
 
 
 def trade_traffic(share: Share, inward: int, outward: int) -> Expected:
@@ -295,9 +298,8 @@ def trade_traffic(share: Share, inward: int, outward: int) -> Expected:
 
 def reduce_traffic(share: Share, elements: int, calls: tuple[int, int]) -> Expected:
     """All-reduces of `elements` each, so many forward and so many backward."""
-    ranks = share.placement.ranks
-    each = 2 * (ranks - 1) * -(-elements // ranks) * share.widths.state
-    forward, backward = (Traffic(n, n * each) for n in calls)
+    ranks, width = share.placement.ranks, share.widths.state
+    forward, backward = (all_reduce(elements, ranks, width, n) for n in calls)
     return both_ways("reduce", forward, backward)
 
 

@@ -1,5 +1,6 @@
 """Tokens of other ranks that a policy wants: each travels once, straight to who sees it."""
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -11,7 +12,7 @@ from longctx.sequence.expected import Expected, Share, both_ways
 from longctx.sequence.ledger import Traffic
 from longctx.sequence.placement import Segment
 from longctx.sequence.plan import Documents, Plan
-from longctx.sequence.policy import Policy
+from longctx.sequence.policy import Lifetime, Policy
 from longctx.sequence.verbs import Wire
 
 VERB = "fetch"
@@ -133,11 +134,59 @@ def fetch_traffic(share: Share, policy: Policy, item: int, is_state: bool = Fals
 
     Forward what a rank's queries see elsewhere arrives, backward the gradients of what others saw.
     """
-    plan, (activation, state) = share.plan, share.widths
-    routes = plan.once(Routes, policy)
-    arriving, leaving = (
-        sum(map(len, way.values())) * item for way in (routes.arriving, routes.leaving)
-    )
+    activation, state = share.widths
+    arriving, leaving = (count * item for count in counted(share.plan, policy))
     calls = int(arriving + leaving > 0)
     width = state if is_state else activation
     return both_ways(VERB, Traffic(calls, arriving * width), Traffic(calls, leaving * state))
+
+
+def counted(plan: Plan, policy: Policy) -> tuple[int, int]:
+    """Items that arrive and that leave, for lifetimes without looking at every pair of ranks."""
+    if not isinstance(policy, Lifetime):
+        routes = plan.once(Routes, policy)
+        ways = routes.arriving.values(), routes.leaving.values()
+        arriving, leaving = (sum(map(len, way)) for way in ways)
+        return arriving, leaving
+    arriving = leaving = 0
+    for starts, rows in Counter(plan.documents).items():
+        arriving += rows * _arriving(plan, policy, starts)
+        leaving += rows * _leaving(plan, policy, starts)
+    return arriving, leaving
+
+
+def _arriving(plan: Plan, policy: Lifetime, starts: tuple[int, ...]) -> int:
+    """What a later segment sees from before an earlier own one, that one sees too."""
+    found = before = 0
+    for segment in plan.segments:
+        document = max(s for s in starts if s <= segment.start)
+        low = max(before, document)
+        if low < segment.start:
+            found += policy.lasting(low - document, segment.start - document)
+        before = segment.stop
+    return found
+
+
+def _leaving(plan: Plan, policy: Lifetime, starts: tuple[int, ...]) -> int:
+    """To every rank whose first segment after an own one still sees a token, or its document."""
+    found, length = 0, plan.placement.length
+    for segment in plan.segments:
+        askers = plan.once(_first_after, segment.stop)
+        inner = [s for s in starts if segment.start < s < segment.stop]
+        edges = [segment.start, *inner, segment.stop]
+        for low, high in zip(edges, edges[1:]):
+            document = max(s for s in starts if s <= low)
+            stop = min((s for s in starts if s > document), default=length)
+            deaths = policy.expiry(torch.arange(low - document, high - document)) + document
+            found += int(torch.searchsorted(askers, deaths.clamp(max=stop)).sum())
+    return found
+
+
+def _first_after(plan: Plan, stop: int) -> Tensor:
+    """Where the first segment from `stop` on of each other rank that has one starts, rising."""
+    firsts: dict[int, int] = {}
+    for rank, index in plan.placement.order:
+        start = plan.placement.segments[rank][index].start
+        if start >= stop and rank != plan.rank:
+            firsts.setdefault(rank, start)
+    return torch.tensor(sorted(firsts.values()), dtype=torch.int64)

@@ -5,8 +5,10 @@ Every placement cuts the sequence into chunks as equal as integers allow and dea
 that turns into zigzag within each Ulysses group of an even number of ranks.
 """
 
+from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 PLACEMENTS = ("contiguous", "zigzag", "mirror")
@@ -35,15 +37,15 @@ class Placement:
         """Number of ranks."""
         return len(self.segments)
 
-    @property
+    @cached_property
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each rank."""
         return tuple(sum(s.length for s in own) for own in self.segments)
 
-    @property
+    @cached_property
     def length(self) -> int:
         """Tokens of the whole sequence."""
-        return sum(segment.length for own in self.segments for segment in own)
+        return sum(self.lengths)
 
     @cached_property
     def order(self) -> tuple[tuple[int, int], ...]:
@@ -62,6 +64,34 @@ class Placement:
                 return rank
         raise ValueError(f"position {position} is outside of {self.length} tokens")
 
+    def beside(self, rank: int, left: int, right: int) -> tuple[int, int]:
+        """Tokens of others within so many left and right of each own segment, and own ones within
+        as many of segments of others."""
+        own, arriving, leaving = self.segments[rank], 0, 0
+        for segment in own:
+            before = Segment(max(0, segment.start - left), segment.start)
+            after = Segment(segment.stop, min(self.length, segment.stop + right))
+            for wanted in (before, after):
+                arriving += wanted.length - sum(_overlap(wanted, held) for held in own)
+            leaving += sum(
+                _overlap(Segment(other.start - left, other.start), segment)
+                + _overlap(Segment(other.stop, other.stop + right), segment)
+                for other in self._near(rank, segment, left, right)
+            )
+        return arriving, leaving
+
+    def _near(self, rank: int, held: Segment, left: int, right: int) -> Iterator[Segment]:
+        """Segments of others that may have any of these tokens beside them."""
+        least = held.start - right + 1
+        first = bisect_left(self.order, least, key=lambda at: self.segments[at[0]][at[1]].stop)
+        for place in range(first, len(self.order)):
+            owner, index = self.order[place]
+            segment = self.segments[owner][index]
+            if segment.start >= held.stop + left:
+                return
+            if owner != rank:
+                yield segment
+
     def merged(self, groups: tuple[tuple[int, ...], ...]) -> "Placement":
         """The placement in which each group of ranks acts as one; touching segments join."""
         return Placement(
@@ -69,6 +99,10 @@ class Placement:
                 _join(sorted(s for rank in group for s in self.segments[rank])) for group in groups
             )
         )
+
+
+def _overlap(left: Segment, right: Segment) -> int:
+    return max(0, min(left.stop, right.stop) - max(left.start, right.start))
 
 
 def _join(segments: list[Segment]) -> tuple[Segment, ...]:
@@ -80,6 +114,7 @@ def _join(segments: list[Segment]) -> tuple[Segment, ...]:
     return tuple(joined)
 
 
+@lru_cache(maxsize=32)
 def place(name: str, ranks: int, length: int, heads: int = 1) -> Placement:
     """The placement called `name`; `mirror` needs the size `heads` of a Ulysses group."""
     chunks_per_rank = 2 if name == "zigzag" else 1

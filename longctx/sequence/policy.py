@@ -49,6 +49,10 @@ class Lifetime(Policy):
     def wanted(self, start: int, stop: int) -> Tensor:
         return self.expiry(torch.arange(start)) > start
 
+    def lasting(self, start: int, stop: int) -> int:
+        """How many keys of start..stop a query at `stop` sees, over all patterns."""
+        return int((self.expiry(torch.arange(start, stop)) > stop).sum())
+
     def counts(self, length: int) -> Tensor:
         deaths = self.expiry(torch.arange(length)).clamp(max=length)
         changes = torch.ones(self.patterns, length + 1, dtype=torch.int64)
@@ -63,6 +67,9 @@ class Full(Lifetime):
     def expiry(self, key: Tensor) -> Tensor:
         return torch.full((1, *key.shape), FOREVER)
 
+    def lasting(self, start: int, stop: int) -> int:
+        return stop - start
+
 
 @dataclass(frozen=True)
 class Window(Lifetime):
@@ -73,6 +80,10 @@ class Window(Lifetime):
 
     def expiry(self, key: Tensor) -> Tensor:
         return torch.where(key < self.sinks, FOREVER, key + self.size)[None]
+
+    def lasting(self, start: int, stop: int) -> int:
+        near = max(start, self.sinks, stop - self.size + 1)
+        return max(0, min(stop, self.sinks) - start) + max(0, stop - near)
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,16 @@ class Persistent(NamedTuple):
 
     def before(self, k_MJK: Tensor, v_MJV: Tensor) -> tuple[Tensor, Tensor]:
         """These and those of tokens."""
-        k = torch.cat((self.k_NJK.to(k_MJK.dtype), k_MJK))
-        return k, torch.cat((self.v_NJV.to(v_MJV.dtype), v_MJV))
+        k = torch.cat((_with_own_gradient(self.k_NJK).to(k_MJK.dtype), k_MJK))
+        return k, torch.cat((_with_own_gradient(self.v_NJV).to(v_MJV.dtype), v_MJV))
+
+
+def _with_own_gradient(x: Tensor) -> Tensor:
+    """The same; its gradient is no view of that of many tokens, which it would keep alive."""
+    x = x.view_as(x)
+    if x.requires_grad:
+        x.register_hook(torch.clone)
+    return x
 
 
 class SequenceView(ABC):

@@ -7,11 +7,17 @@ import pytest
 import torch
 
 from longctx.config import decode
+from longctx.mixers import Place
+from longctx.model import saved_runs
 from longctx.model.allocations import Allocations
 from longctx.model.decoder import Decoder, ModelConfig, build_block, initialise
 from longctx.model.memory import MemoryConfig
 from longctx.model.saved_bytes import DTYPES, Batch, counted, of_block, of_ends, of_model
+from longctx.model.saved_runs import Layer, saved_by_running
+from longctx.sequence.expected import WIDTHS, Share
 from longctx.sequence.local import LocalView
+from longctx.sequence.placement import place
+from longctx.sequence.sharded import Transports
 
 WIDTH, VOCABULARY = 32, 50
 GROUPED = {"kind": "softmax", "num_heads": 4, "num_kv_heads": 2}
@@ -20,6 +26,9 @@ MIXERS = {
     "linear, sigmoid gate": {"kind": "linear", "num_heads": 2, "gate": "sigmoid"},
     "linear, no decay": {"kind": "linear", "num_heads": 2, "decay": "none"},
     "linear, bare": {"kind": "linear", "num_heads": 2, "gate": "none", "output_norm": False},
+    "linear, norm over heads": {"kind": "linear", "num_heads": 2, "gate": "sigmoid"}
+    | {"value_map": "silu", "norm": "all"},
+    "linear, norm over heads, swish": {"kind": "linear", "num_heads": 2, "norm": "all"},
     "gla": {"kind": "gla", "num_heads": 2},
     "mamba2": {"kind": "mamba2", "num_heads": 2, "state_size": 16},
     "mamba2, groups": {"kind": "mamba2", "num_heads": 4, "num_groups": 2, "state_size": 8},
@@ -27,10 +36,14 @@ MIXERS = {
     "gdn": {"kind": "gdn", "num_heads": 2},
     "gdn, grouped": {"kind": "gdn", "num_heads": 4, "num_key_heads": 2, "value_dim": 12},
     "kda": {"kind": "kda", "num_heads": 2},
+    "titans": {"kind": "titans", "num_heads": 4},
+    "titans, window": {"kind": "titans", "num_heads": 4, "window": 9, "persistent": 2},
     "softmax": GROUPED,
     "softmax, window": GROUPED | {"window": 9, "qk_norm": False, "rope_fraction": 0.5},
     "softmax, gate": {"kind": "softmax", "num_heads": 4, "gate": "sigmoid", "rope_fraction": 0.0},
 }
+NEARLY_THE_SAME = {"linear", "linear, bare", "mamba2", "deltanet", "gdn", "softmax"}
+"""As others, as far as several ranks are concerned."""
 OTHERS = {
     "moh": {"kind": "moh", "inner": GROUPED, "shared_heads": 1, "active_heads": 2},
     "nsa": {"kind": "nsa", "num_heads": 4, "num_kv_heads": 2, "block": 16, "compress_block": 16}
@@ -39,13 +52,24 @@ OTHERS = {
     "aaren": {"kind": "aaren", "num_heads": 4},
     "s2": {"kind": "s2", "num_heads": 4, "block": 16},
     "linear, inline": {"kind": "linear", "num_heads": 4, "inline": True, "decay": "none"},
-    "titans": {"kind": "titans", "num_heads": 4},
+    "scored": {"kind": "scored", "num_heads": 4},
 }
 PADDED = {"mosa": 0.06}
 """Share by which a prediction may be wrong where slots fill up tiles."""
+FETCHED = {"nsa": 0.1}
+"""The same where blocks are fetched as data choose."""
 SHAPES = ((1, 64), (2, 40), (1, 200))
 PRECISIONS = ("fp64", "fp32", "bf16")
 POLICIES = ("none", "full", "keep")
+
+
+SPLITS = (
+    (2, 1, "zigzag", Transports()),
+    (3, 2, "contiguous", Transports("scan", "ring")),
+    (2, 0, "contiguous", Transports("ulysses", heads=2)),
+    (4, 1, "mirror", Transports("ulysses", heads=2)),
+)
+"""Ranks, one of them, placement and transports."""
 
 
 def config_of(mixer: dict, **table) -> ModelConfig:
@@ -72,6 +96,36 @@ def test_a_layer_keeps_what_its_formula_says(name):
         config = config_of(MIXERS[name], dropout=0.1 * (shape[0] - 1))
         wanted = ran(config, memory, batch)
         assert of_block(config, "M", memory, batch) == wanted, (shape, precision, policy)
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("name", sorted(MIXERS.keys() - NEARLY_THE_SAME))
+def test_a_layer_of_several_ranks_keeps_what_its_formula_says(name):
+    """tests/plan compares the same with real ranks."""
+    config = config_of(MIXERS[name], without_mlp="M")
+    for number, (ranks, rank, kind, transports) in enumerate(SPLITS):
+        precision, widths = ("fp32", "bf16")[number == 3], WIDTHS["fp32"]
+        share = Share(rank, place(kind, ranks, 24 * ranks, transports.heads), 2, transports, widths)
+        batch = Batch(2, 24, precision, share=share)
+        for policy in POLICIES:
+            layer = Layer(config.mixers["M"], Place(WIDTH, 0, 1), policy)
+            wanted = saved_by_running(layer, batch)
+            found = of_block(config, "M", MemoryConfig(checkpointing=policy), batch)
+            assert found == wanted, (share, policy)
+
+
+@pytest.mark.parametrize(("name", "policy"), [("nsa", "none"), ("moh", "keep"), ("moh", "none")])
+def test_runs_with_few_heads_rows_and_ranks_tell_of_many(name, policy, monkeypatch):
+    more = {"moh": {"inner": {"kind": "softmax", "num_heads": 8}}, "nsa": {"num_kv_heads": 8}}
+    mixer = OTHERS[name] | ({} if name == "moh" else {"num_heads": 8}) | more.get(name, {})
+    layer = Layer(config_of(mixer).mixers["M"], Place(WIDTH, 0, 1), policy)
+    share = Share(3, place("contiguous", 8, 384), 3, Transports(), WIDTHS["fp32"])
+    batch = Batch(3, 48, share=share)
+    monkeypatch.setattr(saved_runs, "FEW", 8)
+    wanted = saved_by_running(layer, batch)
+    monkeypatch.setattr(saved_runs, "FEW", 4)
+    monkeypatch.setattr(saved_runs, "NARROW", 16)
+    assert abs(saved_by_running(layer, batch) / wanted - 1) <= FETCHED.get(name, 0.01)
 
 
 @pytest.mark.parametrize("mlp", ["swiglu", "relu2"])

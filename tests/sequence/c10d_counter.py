@@ -1,16 +1,24 @@
-"""Counts calls and received bytes at torch.distributed's own functions, without our ledger."""
+"""Counts calls and received bytes at torch.distributed's process groups, without our ledger.
+
+Whoever exchanges from Python, on whatever thread, calls a method of a ProcessGroup: these are
+watched, and what is not known here is refused. What C++ starts by itself shows in a profile only.
+"""
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._profiler import _ExperimentalConfig
+from torch.profiler import ProfilerActivity, profile
 
-from longctx.sequence import c10d
 from longctx.sequence.ledger import Traffic
+
+Group = dist.ProcessGroup
 
 
 def bytes_in(x: Tensor) -> int:
@@ -18,74 +26,147 @@ def bytes_in(x: Tensor) -> int:
 
 
 class C10dCounter:
-    """While it is entered, every exchange through c10d is counted from the sizes of its tensors."""
+    """While it is entered, every exchange through c10d is counted from the sizes of its tensors.
+
+    Sends and receives of a batch are one call.
+    """
 
     def __init__(self) -> None:
-        self._calls = self._received = 0
+        self._calls = self._received = self._messages = 0
         self._lock = threading.Lock()
+        self._here = threading.local()
         self._patches: list[Any] = []
 
     def total(self) -> Traffic:
         """Calls, and bytes that came from other ranks."""
         return Traffic(self._calls, self._received)
 
+    @property
+    def messages(self) -> int:
+        """Calls, of a batch every one."""
+        return self._messages
+
     def __enter__(self) -> "C10dCounter":
-        watched = [
-            (c10d, "all_gather_flat", gathered),
-            (c10d, "reduce_scatter_flat", scattered),
-            (dist, "all_to_all_single", traded),
-            (dist, "all_reduce", reduced),
-            (dist, "batch_isend_irecv", received),
-        ]
-        for owner, name, bytes_of in watched:
-            counting = self._counting(getattr(owner, name), bytes_of)
-            self._patches.append(mock.patch.object(owner, name, counting))
-            self._patches[-1].start()
+        for name, bytes_of in KNOWN.items():
+            if hasattr(Group, name):
+                self._patch(Group, name, self._counting(getattr(Group, name), bytes_of))
+        for name in UNKNOWN:
+            if hasattr(Group, name):
+                self._patch(Group, name, refused(name))
+        self._patch(dist, "batch_isend_irecv", self._as_one(dist.batch_isend_irecv))
         return self
 
     def __exit__(self, *_: object) -> None:
         for patch in self._patches:
             patch.stop()
 
+    def _patch(self, owner: Any, name: str, new: Callable[..., Any]) -> None:
+        self._patches.append(mock.patch.object(owner, name, new))
+        self._patches[-1].start()
+
+    def _add(self, calls: int, messages: int, received: int) -> None:
+        with self._lock:  # chains run on threads of their own
+            self._calls += calls
+            self._messages += messages
+            self._received += received
+
     def _counting(self, function: Callable[..., Any], bytes_of: Callable[..., int]) -> Any:
-        def call(*arguments: Any, **options: Any) -> Any:
-            ranks = dist.get_world_size(options.get("group"))
-            me = dist.get_rank(options.get("group"))
-            with self._lock:  # chains run on threads of their own
-                self._calls += 1
-                self._received += bytes_of(arguments, ranks, me)
-            return function(*arguments, **options)
+        def call(group: Group, *arguments: Any, **options: Any) -> Any:
+            is_apart = not getattr(self._here, "is_in_batch", False)
+            self._add(int(is_apart), 1, bytes_of(group, *arguments))
+            return function(group, *arguments, **options)
+
+        return call
+
+    def _as_one(self, function: Callable[..., Any]) -> Any:
+        def call(operations: list[Any]) -> Any:
+            self._add(1, 0, 0)
+            self._here.is_in_batch = True
+            try:
+                return function(operations)
+            finally:
+                self._here.is_in_batch = False
 
         return call
 
 
-def gathered(arguments: tuple, ranks: int, _: int) -> int:
+@contextmanager
+def profiled_messages() -> Iterator[list[int]]:
+    """Fills in how many exchanges PyTorch's profiler has seen, on all threads, C++'s own too."""
+    found: list[int] = []
+    everywhere = _ExperimentalConfig(profile_all_threads=True)
+    with profile(activities=[ProfilerActivity.CPU], experimental_config=everywhere) as seen:
+        yield found
+    found.append(sum(event.name.startswith("c10d::") for event in seen.events()))
+
+
+def refused(name: str) -> Callable[..., Any]:
+    def call(*_: Any, **__: Any) -> Any:
+        raise AssertionError(f"ProcessGroup.{name} is not counted")
+
+    return call
+
+
+def gathered(_: Group, out: Tensor, own: Tensor, *__: Any) -> int:
     """Everything but the own part."""
-    out, own = arguments
-    assert out.numel() == ranks * own.numel()
     return bytes_in(out) - bytes_in(own)
 
 
-def scattered(arguments: tuple, ranks: int, _: int) -> int:
+def scattered(_: Group, out: Tensor, whole: Tensor, *__: Any) -> int:
     """One part of each other rank."""
-    out, whole = arguments
-    assert whole.numel() == ranks * out.numel()
     return bytes_in(whole) - bytes_in(out)
 
 
-def traded(arguments: tuple, _: int, me: int) -> int:
+def traded(group: Group, out: Tensor, _: Tensor, arriving: list[int], *__: Any) -> int:
     """All parts that arrive but the own one."""
-    out, _, arriving, _ = arguments
-    return bytes_in(out) - arriving[me] * out.element_size()
+    return bytes_in(out) - arriving[group.rank()] * out.element_size()
 
 
-def reduced(arguments: tuple, ranks: int, _: int) -> int:
+def reduced(group: Group, tensors: list[Tensor], *_: Any) -> int:
     """A reduce-scatter and an all-gather of equal shares."""
-    (x,) = arguments
-    return 2 * (ranks - 1) * math.ceil(x.numel() / ranks) * x.element_size()
+    (x,) = tensors
+    return 2 * (group.size() - 1) * math.ceil(x.numel() / group.size()) * x.element_size()
 
 
-def received(arguments: tuple, *_: int) -> int:
+def received(_: Group, tensors: list[Tensor], *__: Any) -> int:
     """What is received point to point."""
-    (operations,) = arguments
-    return sum(bytes_in(o.tensor) for o in operations if o.op is dist.irecv)
+    return sum(map(bytes_in, tensors))
+
+
+def sent(*_: Any) -> int:
+    """Nothing arrives."""
+    return 0
+
+
+KNOWN = {
+    "all_gather_single": gathered,
+    "_allgather_base": gathered,
+    "reduce_scatter_single": scattered,
+    "_reduce_scatter_base": scattered,
+    "all_to_all_single": traded,
+    "alltoall_base": traded,
+    "allreduce": reduced,
+    "recv": received,
+    "send": sent,
+}
+"""Methods by name, with the bytes that each brings in; torch 2.13 renamed some."""
+UNKNOWN = (
+    "all_gather_single_coalesced",
+    "allgather",
+    "allgather_coalesced",
+    "allgather_into_tensor_coalesced",
+    "allreduce_coalesced",
+    "alltoall",
+    "barrier",
+    "broadcast",
+    "gather",
+    "monitored_barrier",
+    "recv_anysource",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_single_coalesced",
+    "reduce_scatter_tensor_coalesced",
+    "scatter",
+)
+"""What training does not use."""
+SILENT = {"abort", "bound_device_id", "boxed", "unbox"}

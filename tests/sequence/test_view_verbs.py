@@ -13,7 +13,7 @@ from longctx.sequence.plan import Plan
 from longctx.sequence.sharded import ShardedView, Transports
 from longctx.sequence.simulator import run_ranks
 from longctx.sequence.verbs import AFFINE
-from longctx.sequence.view import SequenceView
+from longctx.sequence.view import Persistent, SequenceView
 from tests.sequence.links import simulated_links
 from tests.tolerances import assert_close
 
@@ -144,3 +144,13 @@ def test_a_layer_of_verbs_does_not_depend_on_the_split(layer, placement, transpo
         for here, out_BTD, grad_BTD in sharded(layer, ranks, placement, transports):
             assert_close(out_BTD, whole[:, here], "fp64", f"{ranks} ranks, output")
             assert_close(grad_BTD, x_BGD.grad[:, here], "fp64", f"{ranks} ranks, gradient")
+
+
+def test_gradients_of_persistent_keys_do_not_hold_on_to_those_of_tokens():
+    shared = [torch.randn(2, 3, size, requires_grad=True) for size in (4, 5)]
+    tokens = [torch.randn(100, 3, size, requires_grad=True) for size in (4, 5)]
+    sum(x.sin().sum() for x in Persistent(*shared).before(*tokens)).backward()
+    for x in shared:
+        assert x.grad is not None
+        torch.testing.assert_close(x.grad, x.cos(), rtol=0, atol=1e-7)
+        assert x.grad.untyped_storage().nbytes() == x.untyped_storage().nbytes()
