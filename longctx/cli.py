@@ -100,6 +100,24 @@ def check(argv: list[str]) -> int:
     return 0
 
 
+def plan(argv: list[str]) -> int:
+    """CONFIG [--cluster NAME] [--processes N] [--table.key value ...]: what will a run take?"""
+    from longctx.plan.command import run
+
+    return run(argv)
+
+
+def doctor(argv: list[str]) -> int:
+    """[CONFIG] [--measure] [--json] [--output FILE]: what has this machine, and what can it do?"""
+    from longctx.doctor.command import run
+    from longctx.parallel.mesh import world_size
+
+    code = run(argv)
+    if world_size() > 1:
+        _leave(code)
+    return code
+
+
 def generate(argv: list[str]) -> int:
     """RUN|CHECKPOINT [--prompt TEXT ...]: sample text from a trained model"""
     from longctx.config import apply_overrides
@@ -119,18 +137,18 @@ def generate(argv: list[str]) -> int:
 
 
 def study(argv: list[str]) -> int:
-    """FILE [--study.workers N ...]: train every cell of a study, or what is left of it"""
+    """FILE [--submit|--collect] [--study.workers N ...]: train every cell, or what is left of it"""
     from longctx.config import apply_overrides
     from longctx.parallel.mesh import world_size
-    from longctx.study.design import Options, load_study
-    from longctx.study.run import run_study
+    from longctx.study.command import study_command
+    from longctx.study.design import Options
 
     name, options = _first_argument(argv, "study", "a study file", default="")
     if not name:
         apply_overrides(Options(), options, "longctx study")
     if world_size() > 1:
         raise InputError("longctx study starts processes itself: run it without a launcher")
-    stopped_by, failed = run_study(load_study(name, options))
+    stopped_by, failed = study_command([name, *options])
     if failed:
         sys.stderr.write(f"longctx: cells that failed: {', '.join(failed)}\n")
     return STOPPED if stopped_by else int(bool(failed))
@@ -167,6 +185,8 @@ def report(argv: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "check": check,
+    "plan": plan,
+    "doctor": doctor,
     "generate": generate,
     "study": study,
     "report": report,

@@ -21,7 +21,9 @@ from longctx.data.tokenize import TokenizeConfig
 from longctx.data.vocabulary import TrainTokenizerConfig
 from longctx.eval.generate import GenerateConfig
 from longctx.launch.slurm import SlurmConfig
+from longctx.plan.command import PlanConfig
 from longctx.report.page import ReportConfig
+from longctx.study.design import StudyConfig
 from longctx.train.settings import Settings, load_settings
 
 ROOT = Path(__file__).parents[1]
@@ -74,8 +76,10 @@ def config_classes(annotation: Any, found: set[type]) -> set[type]:
 COMMANDS = (
     Settings,
     GenerateConfig,
+    PlanConfig,
     ReportConfig,
     SlurmConfig,
+    StudyConfig,
     TokenizeConfig,
     InspectConfig,
     StatsConfig,

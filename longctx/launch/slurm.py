@@ -100,9 +100,17 @@ def launch_slurm(argv: Sequence[str]) -> int:
 
 
 def fill_in(
-    config: SlurmConfig, names: Sequence[str], overrides: Sequence[str], job_name: str
+    config: SlurmConfig,
+    names: Sequence[str],
+    overrides: Sequence[str],
+    job_name: str,
+    failures: Sequence[str] = (),
 ) -> str:
-    """The script of one job that trains these configs, of which an array has several."""
+    """The script of one job that trains these configs, of which an array has several.
+
+    `failures` has a file for each config: there, a line says how an attempt failed, and after the
+    first one the job goes back to the queue.
+    """
     given = dict(_pair(option) for option in config.sbatch)
     own = {
         "job-name": job_name,
@@ -122,21 +130,22 @@ def fill_in(
         "bin": _quote("bin", [str(Path(sys.executable).parent)]),
         "configs": f"({_quote('CONFIG', names)})",
         "options": f"({_quote('options', overrides)})",
+        "failures": f"({_quote('study.dir', failures)})",
         "processes_per_node": str(config.processes),
         "env_file": _quote("--env_file", [config.env_file]) if config.env_file else "",
     }
-    script = _template().read_text()
+    script = launch_file(TEMPLATE).read_text()
     for name, value in shell.items():
         script = _replace(script, rf"^{name}=.*$", f"{name}={value}")
     if config.cpus_per_node:
         script = _replace(script, r"^#SBATCH --exclusive\n", "")
-    sbatch = {f"#SBATCH --{name}": value for name, value in own.items()}
-    return _set_sbatch(script, sbatch | {f"#SBATCH --{name}": given[name] for name in given})
+    return set_options(script, own | given)
 
 
-def _set_sbatch(script: str, wanted: Mapping[str, str | None]) -> str:
-    """The script with these `#SBATCH` lines; "" removes a line, None is an option without value."""
-    for start, value in wanted.items():
+def set_options(script: str, wanted: Mapping[str, str | None]) -> str:
+    """The script with these options of sbatch; "" removes one, None is one without a value."""
+    for name, value in wanted.items():
+        start = f"#SBATCH --{name}"
         # sbatch reads quotes as a shell does, but takes a backslash as an escape inside them too.
         quoted = _quote(start, [(value or "").replace("\\", "\\\\")])
         line = f"{start}\n" if value is None else f"{start}={quoted}\n" if value else ""
@@ -204,11 +213,11 @@ def _twice(words: Sequence[str]) -> str:
     return next((word for word in words if words.count(word) > 1), "")
 
 
-def _template() -> Path:
-    """Inside the installed package, or in the launch folder of a source checkout."""
+def launch_file(name: str) -> Path:
+    """A script inside the installed package, or in the launch folder of a source checkout."""
     package = Path(__file__).parent
-    installed = package / "scripts" / TEMPLATE
-    return installed if installed.exists() else package.parents[1] / "launch" / TEMPLATE
+    installed = package / "scripts" / name
+    return installed if installed.exists() else package.parents[1] / "launch" / name
 
 
 def _submit_chain(scripts: Sequence[str]) -> None:
@@ -216,14 +225,15 @@ def _submit_chain(scripts: Sequence[str]) -> None:
     for script in scripts:
         after = [f"--dependency=afterok:{jobs[-1]}", "--kill-on-invalid-dep=yes"] if jobs else []
         try:
-            jobs.append(_submit(script, after))
+            jobs.append(submit(script, after))
         except OutsideError as error:
             sent = f"; in the queue already: {' '.join(jobs)}" if jobs else ""
             raise OutsideError(f"{error}{sent}") from error
         print(f"job {jobs[-1]}" + (f", after job {jobs[-2]}" if after else ""), flush=True)
 
 
-def _submit(script: str, options: Sequence[str]) -> str:
+def submit(script: str, options: Sequence[str] = ()) -> str:
+    """Gives a script to sbatch; the number of its job."""
     try:
         done = subprocess.run(
             ["sbatch", "--parsable", *options],

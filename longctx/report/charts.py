@@ -7,6 +7,8 @@ from html import escape
 from itertools import count
 from typing import Literal
 
+import numpy as np
+
 from longctx.report.curves import Series, thinned
 from longctx.report.scales import Scale, Unit, bounds, written
 
@@ -27,7 +29,19 @@ class Curve:
     run: int
     name: str
     series: Series
-    style: Literal["line", "faint", "points", "dashed"] = "line"
+    style: Literal["line", "faint", "points", "dashed", "dots"] = "line"
+    labels: Sequence[str] = ()
+    """What each of its dots is called; empty for the curve's name."""
+
+
+@dataclass(frozen=True)
+class Band:
+    """What lies between two numbers at each x, in the colour of a run."""
+
+    run: int
+    x: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -45,6 +59,10 @@ class Chart:
     """Whether the axis begins at 0 if that is near."""
     marks: Sequence[tuple[int, Series]] = field(default_factory=tuple)
     """Places of a run along the axis that something happened at."""
+    bands: Sequence[Band] = ()
+    """Drawn behind the curves."""
+    whole_x: bool = True
+    """Whether x are whole numbers, such as steps."""
 
     def positive(self) -> "Chart":
         """Without what a logarithmic axis cannot show."""
@@ -64,26 +82,54 @@ def draw(chart: Chart) -> str:
         return '<p class="empty">nothing to show</p>'
     width, height = WIDE if chart.wide else NARROW
     ends = [x for c in chart.curves for x in (c.series.x[0], c.series.x[-1])]
-    low_x, high_x = float(min(ends)), float(max(ends))
-    x = Scale(low_x, max(high_x, low_x + 1), LEFT, width - RIGHT, chart.log_x)
-    tops = [v for c in chart.curves for v in (float(c.series.y.min()), float(c.series.y.max()))]
+    x = Scale(*_ends_of_x(ends, chart), LEFT, width - RIGHT, chart.log_x)
+    shown = [
+        *(c.series.y for c in chart.curves),
+        *(y for b in chart.bands for y in (b.low, b.high)),
+    ]
+    tops = [float(v) for values in shown for v in (values.min(), values.max())]
     low_y, high_y = bounds(tops, chart.log_y, chart.to_zero)
     y = Scale(low_y, high_y, height - BOTTOM, TOP, chart.log_y, chart.unit)
     clip = f"clip-{next(_numbers)}"
     parts = [
         f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" '
         f'aria-label="{escape(chart.title)}" data-unit="{chart.unit}" '
-        f'data-x-title="{escape(chart.x_title)}" {_data("x", x)} {_data("y", y)}>',
+        f'data-x-title="{escape(chart.x_title)}" data-whole="{int(chart.whole_x)}" '
+        f"{_data('x', x)} {_data('y', y)}>",
         f'<clipPath id="{clip}"><rect x="{LEFT - 4}" y="{TOP - 4}" '
         f'width="{width - LEFT - RIGHT + 8}" height="{height - TOP - BOTTOM + 8}"/></clipPath>',
         *_axes(chart, x, y),
         f'<g clip-path="url(#{clip})">',
         *(_mark(run, series, x, height - BOTTOM) for run, series in chart.marks),
+        *(_band(band, x, y) for band in chart.bands),
         *(_curve(curve, x, y) for curve in chart.curves),
         "</g>",
         f'<line class="cross" y1="{TOP}" y2="{height - BOTTOM}" x1="-9" x2="-9"/></svg>',
     ]
     return "".join(parts)
+
+
+def framed(title: str, note: str, drawn: str, legend: str, width: str = "") -> str:
+    """A box with a title, what is drawn, and what its colours mean."""
+    told = f" <small>{escape(note)}</small>" if note else ""
+    return (
+        f'<figure class="card {width}"><figcaption><h3>{escape(title)}{told}</h3>'
+        f'<div class="legend">{legend}</div></figcaption>{drawn}</figure>'
+    )
+
+
+def keys(names: Sequence[str]) -> str:
+    """What the colours mean."""
+    return "".join(
+        f'<span class="key {colour(n)}">{escape(name)}</span>' for n, name in enumerate(names)
+    )
+
+
+def _ends_of_x(ends: Sequence[float], chart: Chart) -> tuple[float, float]:
+    low, high = float(min(ends)), float(max(ends))
+    if chart.whole_x:
+        return low, max(high, low + 1)
+    return (low, high) if high > low else (low / 2, high * 2)
 
 
 def _positive(series: Series, chart: Chart) -> Series:
@@ -104,7 +150,8 @@ def _axes(chart: Chart, x: Scale, y: Scale) -> list[str]:
         parts.append(f'<line class="grid" x1="{x.start:g}" x2="{x.stop:g}" y1="{at}" y2="{at}"/>')
         label = written(tick, chart.unit)
         parts.append(f'<text x="{x.start - 8:g}" y="{at}" dy=".32em" class="y">{label}</text>')
-    ticks = [tick for tick in x.ticks(10 if chart.wide else 6) if tick == int(tick)]
+    ticks = x.ticks(10 if chart.wide else 6)
+    ticks = [tick for tick in ticks if not chart.whole_x or tick == int(tick)]
     reached = -math.inf
     if not chart.log_x and ticks and x.place(ticks[0]) - x.start > 20:
         ticks.insert(0, x.low)
@@ -127,6 +174,13 @@ def _axes(chart: Chart, x: Scale, y: Scale) -> list[str]:
     return [*parts, "</g>"]
 
 
+def _band(band: Band, x: Scale, y: Scale) -> str:
+    there = [(x.place(float(a)), y.place(float(b))) for a, b in zip(band.x, band.high)]
+    back = [(x.place(float(a)), y.place(float(b))) for a, b in zip(band.x, band.low)]
+    path = "M" + " ".join(f"{a:.1f},{b:.2f}" for a, b in [*there, *reversed(back)])
+    return f'<path class="{colour(band.run)} band" d="{path}Z"/>'
+
+
 def _curve(curve: Curve, x: Scale, y: Scale) -> str:
     series = thinned(curve.series, MOST_POINTS[x.stop > NARROW[0]], x.log)
     points = [(x.place(float(a)), y.place(float(b))) for a, b in zip(series.x, series.y)]
@@ -134,10 +188,17 @@ def _curve(curve: Curve, x: Scale, y: Scale) -> str:
     name = escape(curve.name)
     path = "M" + " ".join(f"{a:.1f},{b:.2f}" for a, b in points)
     drawn = f'<path {classes} data-name="{name}" d="{path}"><title>{name}</title></path>'
-    if (curve.style == "points" and len(points) <= MOST_DOTS) or len(points) == 1:
-        dots = "".join(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.8"/>' for a, b in points)
+    dotted = curve.style in ("points", "dots") and len(points) <= MOST_DOTS
+    if dotted or len(points) == 1:
+        labels = curve.labels if len(curve.labels) == len(points) else [""] * len(points)
+        dots = "".join(_dot(a, b, label) for (a, b), label in zip(points, labels))
         drawn += f'<g class="{colour(curve.run)} dots">{dots}</g>'
     return drawn
+
+
+def _dot(x: float, y: float, label: str) -> str:
+    told = f"><title>{escape(label)}</title></circle>" if label else "/>"
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.8"{told}'
 
 
 def _mark(run: int, series: Series, x: Scale, bottom: float) -> str:

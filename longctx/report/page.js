@@ -57,10 +57,10 @@
     const cross = svg.querySelector(".cross");
     cross.setAttribute("x1", best); cross.setAttribute("x2", best);
     cross.style.visibility = "visible";
-    const title = svg.dataset.xTitle, head = row(title, units.number(Math.round(toX(best))));
+    const told = (v) => units.number(svg.dataset.whole === "1" ? Math.round(v) : Number(v.toPrecision(3)));
+    const head = row(svg.dataset.xTitle, told(toX(best)));
     tip.replaceChildren(head, ...rows.map(([path, point, colour]) => {
-      const at = Math.round(toX(point[0]));
-      const far = Math.abs(point[0] - best) > 3 ? ` at ${units.number(at)}` : "";
+      const far = Math.abs(point[0] - best) > 3 ? ` at ${told(toX(point[0]))}` : "";
       return row(path.dataset.name + far, unit(toY(point[1])), colour);
     }));
     tip.hidden = false;

@@ -1,6 +1,6 @@
 """Puts a page together and writes it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from html import escape
@@ -54,22 +54,27 @@ def render(runs: Sequence[Run]) -> str:
         derive(run)
     curves = [position_figure(runs), *metric_figures(runs)]
     sections = {
-        "Runs": (cards(runs) if len(runs) <= MOST_CARDS else "") + _card(runs_table(runs)),
-        "Curves": _grid([loss_figure(runs), *curves]),
-        "Routers": _grid(router_figures(runs)),
-        "Other metrics": _grid(other_figures(runs)),
-        "Config" if len(runs) == 1 else "Differences of config": _card(differences(runs)),
-        "Environment": _card(environments(runs)),
-        "Warnings": _card(warnings(runs)),
+        "Runs": (cards(runs) if len(runs) <= MOST_CARDS else "") + card(runs_table(runs)),
+        "Curves": grid([loss_figure(runs), *curves]),
+        "Routers": grid(router_figures(runs)),
+        "Other metrics": grid(other_figures(runs)),
+        "Config" if len(runs) == 1 else "Differences of config": card(differences(runs)),
+        "Environment": card(environments(runs)),
+        "Warnings": card(warnings(runs)),
     }
+    names = ", ".join(run.name for run in runs)
+    return assemble(names if len(names) < 80 else f"{len(runs)} runs", "report", sections)
+
+
+def assemble(title: str, kind: str, sections: Mapping[str, str]) -> str:
+    """A page of sections, of which the empty ones are left out."""
     shown = {title: body for title, body in sections.items() if body}
     links = "".join(f'<a href="#{_id(title)}">{title}</a>' for title in shown)
     body = "".join(
         f'<section id="{_id(title)}"><h2>{title}</h2>{body}</section>'
         for title, body in shown.items()
     )
-    names = ", ".join(run.name for run in runs)
-    title = escape(names if len(names) < 80 else f"{len(runs)} runs")
+    title = escape(title)
     here = files(__package__)
     style, script = ((here / name).read_text() for name in ("page.css", "page.js"))
     made = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
@@ -78,7 +83,7 @@ def render(runs: Sequence[Run]) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{title}</title><style>{style}</style></head><body>"
-        f'<header><h1>{title}</h1><p class="made">longctx {longctx.__version__} report, {made}</p>'
+        f'<header><h1>{title}</h1><p class="made">longctx {longctx.__version__} {kind}, {made}</p>'
         f'<nav>{links}<button id="theme" type="button" hidden>light / dark</button></nav></header>'
         f'<main>{body}</main><div id="tip" hidden></div><script>{script}</script></body></html>\n'
     )
@@ -88,10 +93,12 @@ def _id(title: str) -> str:
     return title.lower().replace(" ", "-")
 
 
-def _grid(figures: Sequence[str]) -> str:
+def grid(figures: Sequence[str]) -> str:
+    """Figures side by side."""
     drawn = "".join(figures)
     return f'<div class="grid">{drawn}</div>' if drawn else ""
 
 
-def _card(content: str) -> str:
+def card(content: str) -> str:
+    """A box around something."""
     return f'<div class="card">{content}</div>' if content else ""

@@ -6,7 +6,7 @@ from html import escape
 
 import numpy as np
 
-from longctx.report.charts import Chart, Curve, colour, draw
+from longctx.report.charts import Chart, Curve, colour, draw, framed, keys
 from longctx.report.curves import Series, reach_of, smoothed
 from longctx.report.heat import draw_heat
 from longctx.report.reading import Run
@@ -86,7 +86,7 @@ def loss_figure(runs: Sequence[Run]) -> str:
         for n, way in enumerate(ways)
     )
     drawn = "".join(f'<div class="way">{draw(way)}</div>' for way in ways.values())
-    return _figure("Loss", note, f'<div class="ways">{choices}{drawn}</div>', _legend(runs), "wide")
+    return framed("Loss", note, f'<div class="ways">{choices}{drawn}</div>', _legend(runs), "wide")
 
 
 def metric_figures(runs: Sequence[Run]) -> list[str]:
@@ -120,7 +120,7 @@ def position_figure(runs: Sequence[Run]) -> str:
         return ""
     dotted = [replace(curve, style="points") if curve.style == "line" else curve for curve in kept]
     chart = Chart("Loss by position", dotted, x_title="tokens before, in the document", log_x=True)
-    return _figure("Loss by position", "nats a label, held-out data", draw(chart), _legend(runs))
+    return framed("Loss by position", "nats a label, held-out data", draw(chart), _legend(runs))
 
 
 def router_figures(runs: Sequence[Run]) -> list[str]:
@@ -134,7 +134,7 @@ def router_figures(runs: Sequence[Run]) -> list[str]:
         if curves := [curve for n, run in enumerate(runs) for curve in _routers(n, run, kind)]:
             title = f"Router {kind.replace('_', ' ')}"
             note = "thin: each router, thick: their mean"
-            figures.append(_figure(title, note, draw(Chart(title, curves)), _legend(runs)))
+            figures.append(framed(title, note, draw(Chart(title, curves)), _legend(runs)))
     return figures
 
 
@@ -147,7 +147,7 @@ def _heat(runs: Sequence[Run], name: str) -> Iterator[str]:
     for number, run, (steps, lists) in found:
         drawn = draw_heat(f"{run.name}: {title}", steps, lists, limits)
         key = f'<span class="key {colour(number)}">{escape(run.name)}</span>'
-        yield _figure(f"Router {title}", "row: head or part", drawn, key)
+        yield framed(f"Router {title}", "row: head or part", drawn, key)
 
 
 def _routers(number: int, run: Run, kind: str) -> Iterator[Curve]:
@@ -184,7 +184,7 @@ def _metric(runs: Sequence[Run], panel: Panel) -> str:
     log = bool(values.min() > 0 and values.max() > FEWEST_FOR_LOG * np.median(values))
     note = panel.note + (" (log)" if log else "")
     chart = Chart(panel.title, curves, panel.unit, log_y=log, to_zero=True)
-    return _figure(panel.title, note, draw(chart), _legend(runs))
+    return framed(panel.title, note, draw(chart), _legend(runs))
 
 
 def _curves(runs: Sequence[Run], name: str, smooth: bool) -> Iterator[Curve]:
@@ -221,16 +221,4 @@ def _by_position(values: Sequence[float | None]) -> Series:
 
 
 def _legend(runs: Sequence[Run]) -> str:
-    if len(runs) == 1:
-        return ""
-    return "".join(
-        f'<span class="key {colour(n)}">{escape(run.name)}</span>' for n, run in enumerate(runs)
-    )
-
-
-def _figure(title: str, note: str, drawn: str, legend: str, width: str = "") -> str:
-    told = f" <small>{escape(note)}</small>" if note else ""
-    return (
-        f'<figure class="card {width}"><figcaption><h3>{escape(title)}{told}</h3>'
-        f'<div class="legend">{legend}</div></figcaption>{drawn}</figure>'
-    )
+    return keys([run.name for run in runs]) if len(runs) > 1 else ""

@@ -145,7 +145,7 @@ def differences(runs: Sequence[Run]) -> str:
 
 def environments(runs: Sequence[Run]) -> str:
     """What the runs ran on; rows in which they differ stand out."""
-    flat = [_flattened(run.environment) for run in runs]
+    flat = [flattened(run.environment) for run in runs]
     names = dict.fromkeys(name for each in flat for name in each)
     if not names:
         return ""
@@ -153,11 +153,12 @@ def environments(runs: Sequence[Run]) -> str:
     return f"<details><summary>Environment</summary>{table}</details>"
 
 
-def _flattened(table: Mapping[str, Any]) -> dict[str, Any]:
+def flattened(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of nested tables by dotted name; lists as text."""
     found: dict[str, Any] = {}
     for key, value in table.items():
         if isinstance(value, dict):
-            found |= {f"{key}.{inner}": x for inner, x in _flattened(value).items()}
+            found |= {f"{key}.{inner}": x for inner, x in flattened(value).items()}
         else:
             found[key] = " ".join(map(str, value)) if isinstance(value, list) else value
     return found

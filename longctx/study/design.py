@@ -1,40 +1,64 @@
 """What a study file says: a config, and axes whose every combination is a cell of the study.
 
 The file is a config like any other (it may extend one) with a table `[study]`, in which
-`[study.variants.AXIS.NAME]` is a piece of config that goes over the rest under that name, and
-`[study.grid]` lists values of single fields: `optim.lr = [1e-3, 3e-3]`.
+`[study.variants.AXIS.NAME]` is a piece of config that goes over the rest under that name,
+`[study.grid]` lists values of single fields, `optim.lr = [1e-3, 3e-3]`, and `[[study.cells]]` is a
+list of pieces that are one axis together.
 """
 
+import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
-from longctx.config import apply_overrides, decode, load_table, merge
+from longctx.config import apply_overrides, decode, flatten, load_table, merge, to_toml
+from longctx.config.names import suggest
 from longctx.errors import InputError
+from longctx.launch.slurm import SlurmConfig
+from longctx.study.axes import Axis, Choice, Table, leaves, read_axes
+from longctx.study.results import CONFIG_FIELDS
+from longctx.train.prepare import settle_mesh
 from longctx.train.settings import Settings
 
-Table = dict[str, Any]
-Axis = dict[str, Table]
-"""Pieces of config by what they are called in the names of cells."""
+LONGEST_NAME = 120
 
 
-AXES = ("variants", "grid")
+@dataclass(frozen=True)
+class BestConfig:
+    """The `[study.best]` table: axes that are swept, of whose values only the best counts."""
+
+    over: tuple[str, ...] = ()
+    """Axes that are swept, such as optim.lr: for each combination of the others, a cell is best."""
+    by: Literal["val_loss", "val_accuracy"] = "val_loss"
+    """The figure by which a cell is best: the smallest loss or the largest accuracy."""
 
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """The `[study]` table, but for its axes in `[study.variants]` and `[study.grid]`."""
+    """The `[study]` table, but for its axes."""
 
     name: str = "study"
     """Name of the study."""
     dir: str = ""
     """Folder of the results and of a run directory a cell; empty means runs/<name>."""
     workers: int = 1
-    """Cells that are trained at a time, each by a process with one thread."""
+    """Processes that train at a time, each with one thread. A cell takes parallel.dp x sp x tp of
+    them; one that needs more runs alone."""
+    retry_failed: bool = False
+    """Try cells again that failed twice; else they are left as they are."""
     plot: Literal["val_accuracy", "val_loss"] = "val_accuracy"
     """What the picture shows over the first axis, with a line for each value of the second."""
+    group: str = ""
+    """Axis whose values are the lines and colours of the report; empty chooses one."""
+    best: BestConfig = field(default_factory=BestConfig)
+    """A sweep, such as one of learning rates."""
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    """Jobs of --submit: options of longctx launch slurm. nodes is the most that a cell gets, array
+    the most cells at a time, with 0 for all."""
 
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name or self.name.startswith("."):
@@ -53,6 +77,7 @@ class Options:
     """What the command line of `longctx study` may change."""
 
     study: StudyConfig = field(default_factory=StudyConfig)
+    """The `[study]` table of the file."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +85,16 @@ class Cell:
     """One run of a study; `values` says by axis what is its own."""
 
     name: str
-    values: dict[str, str]
+    values: dict[str, Any]
     settings: Settings
+    config: dict[str, Any]
+    """What tables tell of its settings, by dotted name; None where there is no such field."""
+
+    @property
+    def processes(self) -> int:
+        """Processes that train it."""
+        parallel = self.settings.parallel
+        return (parallel.dp or 1) * parallel.sp * parallel.tp
 
 
 @dataclass(frozen=True)
@@ -73,90 +106,97 @@ class Study:
     cells: tuple[Cell, ...]
 
 
-def load_study(path: str | Path, argv: Sequence[str] = ()) -> Study:
-    """Reads a study file and checks every cell, so that nothing starts if one is a mistake."""
+def load_study(name: str | Path, argv: Sequence[str] = ()) -> Study:
+    """Reads a study file, or the packaged one of that name, and checks every cell, so that nothing
+    starts if one is a mistake."""
+    path = _find(name)
     table = load_table(path)
     own = table.pop("study", None)
     if not isinstance(own, dict):
         raise InputError(f"{path}: has no table [study]; longctx train runs a plain config")
     try:
-        axes = _axes(*(_table(own.pop(name, {}), f"study.{name}") for name in AXES))
+        axes = read_axes(own)
         options = decode(Options, {"study": own})
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     config = apply_overrides(options, argv, "longctx study").study
-    cells = [
-        _cell(config, table, axes, names, str(path)) for names in itertools.product(*axes.values())
-    ]
-    names = [cell.name for cell in cells]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise InputError(f"{path}: two cells have the name {twice}; rename a variant or a value")
+    try:
+        _check_axes(config, axes)
+        pairs = itertools.product(*(axis.items() for axis in axes.values()))
+        cells = [_cell(config, table, dict(zip(axes, chosen))) for chosen in pairs]
+        _check_apart(cells)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     return Study(config, tuple(axes), tuple(cells))
 
 
-def _cell(
-    config: StudyConfig, base: Table, axes: dict[str, Axis], names: tuple[str, ...], file: str
-) -> Cell:
-    name, table = "-".join(names), merge({"log": {"group": config.name, "job_type": "cell"}}, base)
-    for axis, value in zip(axes.values(), names, strict=True):
-        table = merge(table, axis[value])
+def _cell(config: StudyConfig, base: Table, chosen: dict[str, tuple[str, Choice]]) -> Cell:
+    """The cell of these choices, which stand by axis with what they are called."""
+    name = _shorten("-".join(called for called, _ in chosen.values()))
+    # Pieces first, so that a field beside a kind is kept in whatever order they come.
+    own = reduce(merge, (choice.piece for _, choice in chosen.values()), Table())
+    table = merge(merge({"log": {"group": config.name, "job_type": "cell"}}, base), own)
     table = merge(table, {"run": {"name": name, "dir": str(config.path / name)}})
-    settings = decode(Settings, table, file=f"{file}, cell {name}")
-    return Cell(name, dict(zip(axes, names, strict=True)), settings)
-
-
-def _axes(variants: Table, grid: Table) -> dict[str, Axis]:
-    """All axes in the order of the file, each with at least one value, no field set by two."""
-    axes: dict[str, Axis] = {}
-    for name, axis in variants.items():
-        where = f"study.variants.{name}"
-        axes[name] = {
-            value: _table(piece, f"{where}.{value}") for value, piece in _table(axis, where).items()
-        }
-    for name, values in _leaves(grid, ""):
-        if not isinstance(values, list):
-            raise InputError(f"study.grid.{name} = {values!r}: expected a list of values")
-        labels = [f"{name.rpartition('.')[2]}{value}" for value in values]
-        if len(set(labels)) < len(labels):
-            raise InputError(f"study.grid.{name} = {values}: holds a value twice")
-        axes[name] = {label: _nested(name, value) for label, value in zip(labels, values)}
-    empty = [name for name, axis in axes.items() if not axis]
-    if empty or not axes:
+    settings = decode(Settings, table, file=f"cell {name}")
+    resolved, set_here = flatten(settings), dict(leaves(own))
+    fields = (*CONFIG_FIELDS, *set_here)
+    values = {axis: choice.value for axis, (_, choice) in chosen.items()}
+    cell = Cell(name, values, settings, {n: resolved.get(n, set_here.get(n)) for n in fields})
+    try:
+        settle_mesh(settings, cell.processes)
+    except InputError as error:
         raise InputError(
-            f"the study is empty{f': axis {empty[0]} has no value' if empty else ''}; "
-            "give [study.variants.AXIS.NAME] tables or lists in [study.grid]"
-        )
-    _check_fields(axes)
-    return axes
+            f"cell {name}, on {cell.processes} processes (parallel.dp x sp x tp): {error}"
+        ) from None
+    return cell
 
 
-def _check_fields(axes: dict[str, Axis]) -> None:
-    owners: dict[str, str] = {"run.name": "the study", "run.dir": "the study"}
-    for name, axis in axes.items():
-        fields = {key for piece in axis.values() for key, _ in _leaves(piece, "")}
-        for key in sorted(fields):
-            if key in owners:
-                raise InputError(f"{key} is set by {owners[key]} and by axis {name}; choose one")
-        owners |= dict.fromkeys(fields, f"axis {name}")
+def _shorten(name: str) -> str:
+    """A name that a file system takes: the end of a long one becomes a number made of the whole."""
+    if len(name) <= LONGEST_NAME:
+        return name
+    return f"{name[:LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
-def _table(value: Any, where: str) -> Table:
-    if not isinstance(value, dict):
-        raise InputError(f"{where} = {value!r}: expected a table")
-    return value
+def _check_axes(config: StudyConfig, axes: dict[str, Axis]) -> None:
+    for field_name, named in (("best.over", config.best.over), ("group", (config.group,))):
+        for axis in filter(None, named):
+            if axis not in axes:
+                raise InputError(
+                    f"study.{field_name}: {axis!r} is no axis of the study{suggest(axis, axes)} "
+                    f"(axes: {', '.join(axes)})"
+                )
 
 
-def _leaves(table: Table, path: str) -> Iterator[tuple[str, Any]]:
-    """Every value in nested tables, by dotted name."""
-    for key, value in table.items():
-        name = f"{path}.{key}" if path else key
-        if isinstance(value, dict):
-            yield from _leaves(value, name)
-        else:
-            yield name, value
+def _check_apart(cells: Sequence[Cell]) -> None:
+    """InputError if two cells have a name, or all fields, in common."""
+    counts = Counter(cell.name for cell in cells)
+    if twice := next((name for name, count in counts.items() if count > 1), None):
+        raise InputError(f"two cells have the name {twice}; rename a variant or a value")
+    runs: dict[str, str] = {}
+    for cell in cells:
+        fields = to_toml(replace(cell.settings, run=replace(cell.settings.run, name="_", dir="")))
+        if twin := runs.get(fields):
+            raise InputError(
+                f"cells {twin} and {cell.name} are the same run; leave out one of them"
+            )
+        runs[fields] = cell.name
 
 
-def _nested(name: str, value: Any) -> Table:
-    """The tables in which the field of this dotted name has this value."""
-    first, _, rest = name.partition(".")
-    return {first: _nested(rest, value) if rest else value}
+def _find(name: str | Path) -> Path:
+    """The file, or the packaged study of that name."""
+    path, packaged = Path(name), _packaged()
+    if not path.exists() and path.parent == Path() and path.stem in packaged:
+        return packaged[path.stem]
+    if not path.exists() and not path.suffix and path.parent == Path():
+        raise InputError(f"{name}: no such study file or study (studies: {', '.join(packaged)})")
+    return path
+
+
+def _packaged() -> dict[str, Path]:
+    """Studies by name: inside the installed package, or beside it in a source checkout."""
+    package = Path(__file__).parents[1]
+    folder = package / "configs" / "studies"
+    if not folder.is_dir():
+        folder = package.parent / "configs" / "studies"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,7 +47,9 @@ def config_file(folder: Path, name: str, run: str) -> str:
 TINY = '[model]\nwidth = 32\npattern = "L"\n[model.mixers.L]\nkind = "linear"\n'
 
 
-def run_script(cluster: Path, script: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def run_script(
+    cluster: Path, script: str, output: Any = subprocess.PIPE, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Runs a script as SLURM would, where each command is a stub."""
     inside = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_ON_NODE": "4"}
     script = script.replace(f"\nbin={Path(sys.executable).parent}\n", "\nbin=bin\n")
@@ -55,7 +58,8 @@ def run_script(cluster: Path, script: str, **variables: str) -> subprocess.Compl
         input=script.replace("sleep 2", "sleep 0.1"),
         cwd=cluster,
         env=os.environ | inside | variables,
-        capture_output=True,
+        stdout=output,
+        stderr=subprocess.PIPE,
         text=True,
     )
 
@@ -153,6 +157,44 @@ def test_only_a_job_that_was_told_to_stop_is_queued_again(cluster, step, state, 
 def test_a_failed_step_fails_the_job(cluster):
     (cluster / "bin" / "srun").write_text("#!/bin/bash\nexit 3\n")
     assert run_script(cluster, fill_in(SlurmConfig(), ["tiny"], [], "job")).returncode == 3
+
+
+SAYS = "echo 'longctx: no disk'; echo 'longctx: rank 0 on a ended; what it said is above'; exit 3"
+FAILURES = {
+    "first": (SAYS, "RUNNING", "", ["exit code 3: longctx: no disk"], True),
+    "second": (SAYS, "RUNNING", "before\n", ["before", "exit code 3: longctx: no disk"], False),
+    "said nothing of longctx": (
+        "echo killed; exit 9",
+        "RUNNING",
+        "",
+        ["exit code 9: killed"],
+        True,
+    ),
+    "cancelled": (SAYS, "COMPLETING", "", [], False),
+    "finished": ("exit 0", "RUNNING", "", [], False),
+    "stopped": ('echo 3 > "$LONGCTX_STOPPED_FILE"', "RUNNING", "", [], True),
+}
+
+
+@pytest.mark.parametrize(
+    ("step", "state", "before", "lines", "again"), FAILURES.values(), ids=FAILURES.keys()
+)
+def test_a_cell_of_a_study_that_failed_is_written_down_and_queued_once_more(
+    cluster, step, state, before, lines, again
+):
+    (cluster / "bin" / "srun").write_text(f"#!/bin/bash\n{step}\n")
+    (cluster / "bin" / "squeue").write_text(f"#!/bin/bash\necho {state}\n")
+    (cluster / HOSTILE).write_text(before)
+    config = SlurmConfig(array=2)
+    script = fill_in(config, ["tiny", "tiny"], [], "job", ["no", HOSTILE])
+    with (cluster / "said.txt").open("wb") as said:
+        run_script(cluster, script, said, SLURM_ARRAY_TASK_ID="1")
+    written = (cluster / HOSTILE).read_text().splitlines()
+    assert [line.partition("; all it said: ")[0] for line in written] == lines
+    assert not lines or written[-1].endswith(f"; all it said: {cluster}/said.txt")
+    assert (cluster / "scontrol").exists() == again
+    assert not (cluster / "no").exists()
+    assert not (cluster / "x").exists()
 
 
 MISTAKES = {

@@ -8,8 +8,12 @@ import pytest
 
 from longctx.report.page import ReportConfig, render, write_report
 from longctx.report.reading import read_runs
+from longctx.study.page import make_plots
+from longctx.study.page import render as render_study
+from longctx.study.points import read_points
 from tests.report.browser import CHROMIUM, browser
 from tests.report.made import make_run, row
+from tests.study.made import make_study
 
 pytestmark = pytest.mark.cluster
 LOSS = "document.querySelector('.way svg')"
@@ -69,6 +73,28 @@ def test_without_javascript_a_page_is_complete_and_still_chooses_its_axis(tab, p
 
 
 def test_a_page_fits_a_narrow_screen(tab, page):
+    tab.open(page, width=400)
+    assert tab.value("document.documentElement.scrollWidth") <= 400
+
+
+def test_the_page_of_a_study_asks_for_nothing_complains_of_nothing_and_tells_small_numbers(
+    tab, tmp_path
+):
+    points, page = read_points(make_study(tmp_path / "study")), tmp_path / "study.html"
+    page.write_text(render_study(points, make_plots(points)))
+    tab.visit.requests.clear()
+    tab.visit.complaints.clear()
+    tab.open(page)
+    assert tab.visit.requests == [page.as_uri()]
+    rate = """document.querySelector('[aria-label^="Learning rate"]')"""
+    tab.value(f"{rate}.scrollIntoView({{block: 'center', behavior: 'instant'}})")
+    box = json.loads(tab.value(f"JSON.stringify({rate}.getBoundingClientRect())"))
+    tab.hover(box["x"] + 0.55 * box["width"], box["y"] + 0.5 * box["height"])
+    told = tab.value("document.getElementById('tip').innerText").split("\n")
+    assert told[told.index("peak learning rate") + 1] == "0.003"
+    filled = "getComputedStyle(document.querySelector('path.band')).fill"
+    assert tab.value(filled).startswith("rgb(")
+    assert tab.visit.complaints == []
     tab.open(page, width=400)
     assert tab.value("document.documentElement.scrollWidth") <= 400
 

@@ -5,53 +5,22 @@ import json
 import re
 import struct
 import zlib
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from longctx.cli import main
-from longctx.report.charts import MOST_POINTS
+from longctx.report.charts import MOST_POINTS, Band, Chart, Curve, draw
 from longctx.report.curves import Series, reach_of, smoothed, thinned
 from longctx.report.heat import draw_heat
 from longctx.report.page import render
 from longctx.report.reading import read_runs
 from longctx.report.scales import Scale, bounds, written
 from tests.report.made import make_run, row
+from tests.report.parsed import Page, charts
 
-VOID = {"meta", "input"}
 HOSTILE = "</title><script>alert(1)</script>\"'><img src=x onerror=alert(2)>&amp;"
-
-
-class Page(HTMLParser):
-    """What a page consists of; every element must be closed."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str]]] = []
-        self.text: list[str] = []
-        self._open: list[str] = []
-        self.feed(html)
-        self.close()
-        assert self._open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self._open.pop() == tag
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-    def all(self, tag: str) -> list[dict[str, str]]:
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 @pytest.fixture
@@ -62,13 +31,6 @@ def two(tmp_path):
 def page_of(*folders) -> tuple[str, Page]:
     html = render(read_runs([str(folder) for folder in folders]))
     return html, Page(html)
-
-
-def charts(html: str) -> dict[str, str]:
-    return {
-        re.sub(r" ?<small>.*?</small>", "", title): body
-        for title, body in re.findall(r"<figure.*?<h3>(.*?)</h3>(.*?)</figure>", html, re.DOTALL)
-    }
 
 
 def test_a_page_asks_nobody_for_anything(two):
@@ -290,3 +252,23 @@ def test_numbers_are_written_for_people():
 def test_steps_are_whole_numbers(tmp_path):
     html, _ = page_of(make_run(tmp_path / "a", steps=1))
     assert set(re.findall(r'class="x">([^<]*)<', charts(html)["Gradient norm"])) == {"1", "2"}
+
+
+def test_a_band_lies_behind_its_line_within_the_chart_and_has_the_colour_of_its_run():
+    x = np.array([1e-4, 1e-3, 1e-2])
+    line = Curve(2, "law", Series(x, np.array([3.0, 2.0, 1.5])))
+    dots = Curve(2, "runs", Series(x, np.array([3.1, 2.0, 1.4])), "dots", ["a", "b<", "c"])
+    band = Band(2, x, np.array([2.5, 1.9, 1.0]), np.array([3.5, 2.1, 2.0]))
+    chart = Chart("t", [line, dots], log_x=True, whole_x=False, bands=[band])
+    drawn = draw(chart)
+    assert drawn.index('run-2 band"') < drawn.index('run-2 line"')
+    places = re.search(r'band" d="M([^Z]*)Z"', drawn)[1].split(" ")
+    heights = [float(place.split(",")[1]) for place in places]
+    assert len(places) == 6
+    assert min(heights) >= 10
+    assert max(heights) <= 260 - 44
+    assert [float(place.split(",")[0]) for place in places] == [62, 299, 536, 536, 299, 62]
+    assert drawn.count("<circle") == 3
+    assert "<title>b&lt;</title></circle>" in drawn
+    ticks = re.findall(r'class="x">([^<]*)<', drawn)
+    assert {"0.0001", "0.001", "0.01"} < set(ticks)

@@ -1,14 +1,20 @@
 import csv
 import json
+import os
+import socket
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from longctx.cli import main
-from longctx.config import apply_overrides
+from longctx.study import locks
 from longctx.study import run as study_run
 from longctx.study.design import load_study
-from longctx.train.trainer import train
+from longctx.study.outcomes import Outcomes
+from longctx.study.results import read_results
+from longctx.train.run_directory import write_config
 
 AXES = """
 [study.variants.mixer]
@@ -28,6 +34,8 @@ with open(sys.argv[1], "rb") as file:
 with open(folder / "starts.txt", "a") as file:
     file.write("x")
 print("the stub was here", flush=True)
+held = [os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
+(folder / "holds_lock").write_text(str(str(folder.parent.resolve() / ".lock") in held))
 failures = folder.parent / "failures.json"
 if failures.exists():
     left = json.loads(failures.read_text()).get(folder.name, 0)
@@ -49,6 +57,8 @@ def stub(tmp_path, monkeypatch):
     (tmp_path / "stub.py").write_text(STUB)
     command = (sys.executable, "-S", "-E", str(tmp_path / "stub.py"))
     monkeypatch.setattr(study_run, "TRAIN", command)
+    monkeypatch.setattr(study_run, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(study_run, "write_report", lambda results, folder: None)
     (tmp_path / "out").mkdir()
     return tmp_path / "out"
 
@@ -62,36 +72,13 @@ def starts(folder) -> dict[str, int]:
     return {path.parent.name: len(path.read_text()) for path in folder.glob("*/starts.txt")}
 
 
-def test_a_study_trains_its_cells_and_goes_on_with_an_interrupted_one(write, tmp_path):
-    file, folder = write(AXES), tmp_path / "out"
-    started, fresh = load_study(file).cells
-    stopped = apply_overrides(started.settings, ["--train.stop_after", "2"], "test")
-    train(stopped)
-    assert main(["study", file, "--study.workers", "2"]) == 0
-    for cell in (started, fresh):
-        path = cell.settings.run.path
-        rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-        assert [row["step"] for row in rows] == [1, 2, 3, 4]
-        assert ("resumed at step 2" in (path / "log.txt").read_text()) == (cell is started)
-    for row, cell in zip(table(folder), (started, fresh), strict=True):
-        summary = json.loads((cell.settings.run.path / "summary.json").read_text())
-        assert row == {
-            "cell": cell.name,
-            "mixer": cell.values["mixer"],
-            "run.seed": "seed0",
-            "status": "done",
-            **{name: str(summary[name]) for name in list(row)[4:]},
-        }
-        assert {"val_accuracy", "val_loss", "parameters", "tokens", "seconds"} < set(row)
-    assert (folder / "study.png").stat().st_size > 1000
-
-
 def test_finished_cells_are_not_run_again(write, stub, capsys):
     file = write(AXES)
     assert main(["study", file]) == 0
     assert main(["study", file]) == 0
     assert starts(stub) == {"full-seed0": 1, "window-seed0": 1}
     assert "2 cells, 2 of them finished before" in capsys.readouterr().out
+    assert {path.read_text() for path in stub.glob("*/holds_lock")} == {"True"}
     assert [row["status"] for row in table(stub)] == ["done", "done"]
 
 
@@ -121,9 +108,31 @@ def test_a_cell_that_fails_twice_is_recorded_and_the_others_are_run(write, stub,
     assert starts(stub) == {"full-seed0": 2, "window-seed0": 1}
     statuses = [(row["status"], row["val_accuracy"]) for row in table(stub)]
     assert statuses == [("failed", ""), ("done", "0.5")]
-    (stub / "failures.json").unlink()
-    assert main(["study", file]) == 0
+    assert [row["attempts"] for row in table(stub)] == ["2", "1"]
+    assert "some reason; all it said" in table(stub)[0]["error"]
+
+
+def test_a_cell_that_failed_twice_is_left_alone_until_it_is_to_be_retried(write, stub, capsys):
+    (stub / "failures.json").write_text('{"full-seed0": 2}')
+    file = write(AXES)
+    assert main(["study", file]) == 1
+    assert main(["study", file]) == 1
+    assert "1 failed 2 times (--study.retry_failed true tries them" in capsys.readouterr().out
+    assert starts(stub) == {"full-seed0": 2, "window-seed0": 1}
+    assert main(["study", file, "--study.retry_failed", "true"]) == 0
     assert starts(stub) == {"full-seed0": 3, "window-seed0": 1}
+    assert [row["status"] for row in table(stub)] == ["done", "done"]
+
+
+def test_failures_count_across_commands(write, stub):
+    (stub / "failures.json").write_text('{"full-seed0": 9}')
+    file = write(AXES)
+    cell = load_study(file).cells[0]
+    write_config(cell.settings)
+    Outcomes(load_study(file), "").note_failure(cell, "exit code 1: the disk\nwas full")
+    assert main(["study", file]) == 1
+    assert starts(stub) == {"full-seed0": 1, "window-seed0": 1}
+    assert [row.attempts for row in read_results(stub).rows] == [2, 1]
 
 
 def test_a_signal_stops_cells_and_the_same_command_goes_on(write, stub):
@@ -135,6 +144,76 @@ def test_a_signal_stops_cells_and_the_same_command_goes_on(write, stub):
     (stub / "stop").unlink()
     assert main(["study", file]) == 0
     assert starts(stub) == {"full-seed0": 2, "window-seed0": 1}
+
+
+def test_a_second_study_in_a_folder_is_refused_and_told_which_is_there(
+    write, stub, capsys, monkeypatch
+):
+    monkeypatch.setattr(locks, "PATIENCE", 0)
+    with locks.locked(stub):
+        assert main(["study", write(AXES)]) == 2
+    said = capsys.readouterr().err
+    assert f"longctx study (process {os.getpid()} on {socket.gethostname()}) still" in said
+    assert said.count("\n") == 1
+    assert not starts(stub)
+    assert main(["study", write(AXES)]) == 0
+
+
+def test_a_study_waits_for_cells_that_one_that_was_killed_left_behind(write, stub, capsys):
+    owner = subprocess.Popen(["true"])
+    owner.wait()
+    with locks.locked(stub) as held:
+        os.ftruncate(held, 0)
+        os.pwrite(held, f"process {owner.pid} on {socket.gethostname()}".encode(), 0)
+        cell = subprocess.Popen(["sleep", "0.4"], pass_fds=[held])
+    assert main(["study", write(AXES)]) == 0
+    assert cell.poll() == 0
+    assert f"waiting until cells that process {owner.pid}" in capsys.readouterr().out
+
+
+def test_workers_are_processes_and_a_cell_that_needs_more_runs_alone(write):
+    study = load_study(write("[study.grid]\nparallel.sp = [1, 2, 4]\n"), ["--study.workers", "3"])
+    one, two, four = study.cells
+    runner = study_run.Runner(study, Outcomes(study, ""), 0)
+    assert runner._has_room(four)
+    runner._running = [study_run.Job(one, None)]
+    assert [runner._has_room(cell) for cell in study.cells] == [True, True, False]
+    runner._running = [study_run.Job(two, None)]
+    assert [runner._has_room(cell) for cell in study.cells] == [True, False, False]
+    command = study_run._command(four)
+    assert command[-3:] == ["-n", "4", str(four.settings.run.path / "config.toml")]
+    assert Path(command[-4]).name == "local.sh"
+    assert Path(command[-4]).is_file()
+
+
+def test_the_best_of_a_sweep_is_marked_once_all_of_it_is_over(write):
+    axes = """
+    [study.grid]
+    run.seed = [0, 1]
+    optim.lr = [0.1, 0.2, 0.3]
+    [study.best]
+    over = ["optim.lr"]
+    """
+    study = load_study(write(axes))
+    for cell, loss in zip(study.cells, [float("nan"), 1.0, 2.0, 3.0, 2.5], strict=False):
+        write_config(cell.settings)
+        summary = {"step": 4, "val_loss": loss, "val_accuracy": 0.5}
+        (cell.settings.run.path / "summary.json").write_text(json.dumps(summary))
+    outcomes = Outcomes(study, "")
+    assert [row.is_best for row in outcomes.results().rows] == [False, True, *[False] * 4]
+    write_config(study.cells[5].settings)
+    for _ in range(2):
+        outcomes.note_failure(study.cells[5], "it diverged")
+    best = [row.is_best for row in outcomes.results().rows]
+    assert best == [False, True, False, False, True, False]
+
+
+@pytest.mark.usefixtures("stub")
+def test_how_long_the_rest_takes_is_told(write, capsys):
+    assert main(["study", write(AXES)]) == 0
+    first, second = capsys.readouterr().out.splitlines()[1:3]
+    assert first.endswith(" s left")
+    assert not second.endswith(" left")
 
 
 def test_another_run_in_the_place_of_a_cell_is_refused_before_anything_runs(write, stub, capsys):

@@ -1,0 +1,33 @@
+"""`longctx study`: what its words ask for."""
+
+import shlex
+from collections.abc import Sequence
+
+from longctx.errors import InputError
+from longctx.study.design import load_study
+from longctx.study.run import run_study
+from longctx.study.slurm import cells_in_queue, collect_study, submit_study
+
+MODES = ("--submit", "--collect")
+
+
+def study_command(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """Does what FILE [--submit|--collect] [--study.key value ...] says: the signal that ended it
+    early or "", and the cells that failed."""
+    modes = [word for word in argv if word in MODES]
+    argv = [word for word in argv if word not in MODES]
+    if len(modes) > 1:
+        raise InputError(f"longctx study: choose one of {' and '.join(MODES)}")
+    study = load_study(argv[0], argv[1:])
+    if modes == ["--submit"]:
+        submit_study(study, argv)
+        return "", []
+    if modes:
+        return "", collect_study(study, argv)
+    folder = study.config.path
+    if queued := cells_in_queue(folder):
+        raise InputError(
+            f"{folder}: {len(queued)} cells are in SLURM's queue, so that none is trained here: "
+            "wait for them (--collect tells how far they are), or cancel them"
+        )
+    return run_study(study, shlex.join(["longctx", "study", *argv]))

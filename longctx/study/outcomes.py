@@ -1,0 +1,131 @@
+"""What became of the cells, as their run directories tell it, wherever they were trained."""
+
+from collections.abc import Collection
+from typing import Any
+
+from longctx.errors import OutsideError
+from longctx.study.design import Cell, Study
+from longctx.study.results import Results, Row
+from longctx.train.run_directory import finished
+
+ATTEMPTS = 2
+"""How often a cell may fail."""
+FAILURES_FILE = "failures.txt"
+"""In a run directory: a line for each attempt that failed."""
+CONSOLE_FILE = "console.txt"
+"""In a run directory: all that its processes said, if `longctx study` started them itself."""
+BEGUN = (CONSOLE_FILE, "metrics.jsonl")
+
+
+class Outcomes:
+    """What became of each cell; InputError if another run is in the place of one."""
+
+    def __init__(self, study: Study, command: str):
+        self._study, self._command = study, command
+        self._summaries: dict[str, dict[str, Any]] = {}
+        self._failures: dict[str, list[str]] = {}
+        for cell in study.cells:
+            self.look(cell)
+
+    def look(self, cell: Cell) -> None:
+        """Reads the run directory of a cell again."""
+        self._summaries[cell.name] = finished(cell.settings) or {}
+        file = cell.settings.run.path / FAILURES_FILE
+        try:
+            lines = file.read_text(errors="replace").splitlines()
+        except FileNotFoundError:
+            lines = []
+        except OSError as error:
+            raise OutsideError(f"{file}: cannot read: {error.strerror}") from error
+        self._failures[cell.name] = lines
+
+    def note_failure(self, cell: Cell, reason: str) -> None:
+        """Counts an attempt that failed, so that also a later command knows of it."""
+        file = cell.settings.run.path / FAILURES_FILE
+        try:
+            with file.open("a") as failures:
+                failures.write(" ".join(reason.split()) + "\n")
+        except OSError as error:
+            raise OutsideError(f"{file}: cannot write: {error.strerror}") from error
+        self.look(cell)
+
+    def forgive(self, cell: Cell) -> None:
+        """Forgets that attempts failed."""
+        (cell.settings.run.path / FAILURES_FILE).unlink(missing_ok=True)
+        self.look(cell)
+
+    def status(self, cell: Cell) -> str:
+        """done, failed, interrupted or not run."""
+        if self._summaries[cell.name]:
+            return "done"
+        if len(self._failures[cell.name]) >= ATTEMPTS:
+            return "failed"
+        begun = (cell.settings.run.path / name for name in BEGUN)
+        return "interrupted" if any(file.exists() for file in begun) else "not run"
+
+    def summary(self, cell: Cell) -> dict[str, Any]:
+        """The summary of a cell that is done."""
+        return self._summaries[cell.name]
+
+    def with_status(self, status: str) -> list[Cell]:
+        """Cells of this status, in the order of the study."""
+        return [cell for cell in self._study.cells if self.status(cell) == status]
+
+    def results(self, running: Collection[str] = ()) -> Results:
+        """All of it; these cells are being trained."""
+        config = self._study.config
+        statuses = {cell.name: self.status(cell) for cell in self._study.cells}
+        for name in running:
+            if statuses.get(name) != "done":
+                statuses[name] = "running"
+        best = self._best(statuses)
+        return Results(
+            name=config.name,
+            command=self._command,
+            axes=self._study.axes,
+            rows=tuple(
+                self._row(cell, statuses[cell.name], cell.name in best)
+                for cell in self._study.cells
+            ),
+            over=config.best.over,
+            by=config.best.by,
+            plot=config.plot,
+            group=config.group,
+        )
+
+    def _row(self, cell: Cell, status: str, is_best: bool) -> Row:
+        failures = self._failures[cell.name]
+        return Row(
+            name=cell.name,
+            values=cell.values,
+            status=status,
+            attempts=len(failures) + (status == "done"),
+            error=failures[-1] if failures else "",
+            is_best=is_best,
+            processes=cell.processes,
+            config=cell.config,
+            summary=self._summaries[cell.name],
+            run_dir=cell.settings.run.path,
+        )
+
+    def _best(self, statuses: dict[str, str]) -> set[str]:
+        """Names of the best cells, where every cell that could be better is over."""
+        config = self._study.config.best
+        if not config.over:
+            return set()
+        groups: dict[str, list[Cell]] = {}
+        for cell in self._study.cells:
+            rest = {axis: v for axis, v in cell.values.items() if axis not in config.over}
+            groups.setdefault(repr(rest), []).append(cell)
+        best = set()
+        for cells in groups.values():
+            figures = {
+                cell.name: figure
+                for cell in cells
+                if (figure := self._summaries[cell.name].get(config.by)) is not None
+                and figure == figure
+            }
+            if figures and all(statuses[cell.name] in ("done", "failed") for cell in cells):
+                choose = min if config.by == "val_loss" else max
+                best.add(choose(figures, key=figures.__getitem__))
+        return best
