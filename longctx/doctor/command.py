@@ -1,0 +1,134 @@
+"""`longctx doctor`: what this machine has, and what that allows; and how fast it is."""
+
+import json
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import longctx
+from longctx.config import apply_overrides
+from longctx.doctor import machine, services, storage, versions
+from longctx.doctor.cluster_file import MEASURED, merged, write_cluster
+from longctx.doctor.config_checks import checkpoint_bytes, config_fits
+from longctx.doctor.crew import GROUP, examine
+from longctx.doctor.findings import Check, Finding, as_record, as_text, exit_code, run_checks
+from longctx.doctor.measure import bench_of, product_rate
+from longctx.errors import InputError, OutsideError
+from longctx.parallel.links import Peers
+from longctx.parallel.mesh import is_first_here, local_rank, processes_here, world_size
+from longctx.train.settings import Settings, load_settings
+
+COMMAND = "longctx doctor"
+FLAGS = ("--json", "--measure")
+DEFAULT = "tiny"
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Options of `longctx doctor`."""
+
+    output: str = "cluster.toml"
+    """File that --measure writes, for `longctx plan --cluster FILE`."""
+    timeout_seconds: int = 60
+    """How long processes wait for one another."""
+
+    def __post_init__(self) -> None:
+        if self.timeout_seconds < 1:
+            raise InputError(f"--timeout_seconds = {self.timeout_seconds}: must be at least 1")
+        if not Path(self.output).parent.is_dir():
+            raise InputError(f"--output {self.output}: its folder is not there; make it first")
+
+
+def run(argv: Sequence[str]) -> int:
+    """Prints what there is; 1 if something keeps a run from working. `argv` may begin with a config
+    and hold --json and --measure."""
+    words = [word for word in argv if word not in FLAGS]
+    name = words.pop(0) if words and not words[0].startswith("-") else ""
+    config = apply_overrides(DoctorConfig(), words, COMMAND)
+    settings = load_settings(name or DEFAULT)
+    findings = run_checks(local_checks(settings, name)) if is_first_here() else []
+    is_measured = "--measure" in argv
+    try:
+        speaks, findings = _examine(config, settings, findings, name if is_measured else None)
+    except OutsideError as error:
+        speaks = is_first_here()
+        findings = [*findings, Finding("problem", "processes", f"failed: {error}", GROUP)]
+    if speaks:
+        show(findings, "--json" in argv)
+    return exit_code(findings)
+
+
+def _examine(
+    config: DoctorConfig, settings: Settings, local: list[Finding], measured: str | None
+) -> tuple[bool, list[Finding]]:
+    """Whether this process speaks for all, and what all of them find; measures what stands for the
+    config of that name, "" being none."""
+    device = device_here()
+    bench = None if measured is None else bench_of(device, settings, own=bool(measured))
+    if world_size() == 1:
+        if bench:
+            machine_here = bench.measure()
+            local = [*local, write_cluster(machine_here, None, config.output, bench)]
+        return True, local
+    peers = Peers(device, config.timeout_seconds)
+    crew = examine(peers, local, settings.run.path, product_rate(device))
+    findings = crew.findings
+    if bench and exit_code(findings) == 0:
+        machines, errors = peers.together(bench.measure)
+        if errors:
+            findings.append(Finding("problem", "measuring", f"failed: {errors[0]}", MEASURED))
+        elif peers.rank == 0:
+            findings.append(write_cluster(merged(machines), crew, config.output, bench))
+    peers.close()
+    return peers.rank == 0, findings
+
+
+def device_here() -> torch.device:
+    """The GPU of this process, the CPU if there are too few."""
+    if processes_here() <= torch.cuda.device_count():
+        return torch.device("cuda", local_rank())
+    return torch.device("cpu")
+
+
+def local_checks(settings: Settings, name: str) -> dict[str, list[Check]]:
+    """Checks of one host by group; those of a config only if one is named."""
+    folder, size = settings.run.path, checkpoint_bytes(settings)
+    groups: dict[str, list[Check]] = {
+        "versions": [
+            versions.required_versions,
+            versions.cuda_versions,
+            versions.known_bad_versions,
+            versions.optional_packages,
+        ],
+        "machine": [
+            partial(machine.devices, processes_here()),
+            machine.compiler,
+            machine.cores_and_memory,
+            machine.limits,
+            machine.network,
+        ],
+        "storage": [
+            partial(storage.kind_of_storage, folder),
+            partial(storage.what_files_can, folder),
+            partial(storage.space_and_speed, folder, name or DEFAULT, size),
+        ],
+        "services": [services.slurm, partial(services.wandb, settings.log.wandb)],
+    }
+    if name:
+        groups["config"] = [partial(config_fits, settings, name, world_size())]
+    return groups
+
+
+def show(findings: Sequence[Finding], as_json: bool) -> None:
+    """Writes the report."""
+    host = socket.gethostname()
+    if as_json:
+        record = {"longctx": longctx.__version__, "host": host} | as_record(findings)
+        sys.stdout.write(json.dumps(record, indent=2) + "\n")
+    else:
+        sys.stdout.write(as_text(findings, f"longctx {longctx.__version__} on {host}"))

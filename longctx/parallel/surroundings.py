@@ -1,0 +1,46 @@
+"""What schedulers and trackers have put into this process's environment; never a secret."""
+
+import netrc
+import os
+from contextlib import suppress
+from typing import NamedTuple
+
+
+class SlurmJob(NamedTuple):
+    """The job that this process runs in."""
+
+    number: str
+    partition: str
+    nodes: str
+
+
+def slurm_job() -> SlurmJob | None:
+    """None outside of SLURM."""
+    number = os.environ.get("SLURM_JOB_ID")
+    if not number:
+        return None
+    return SlurmJob(
+        number,
+        os.environ.get("SLURM_JOB_PARTITION", "unknown"),
+        os.environ.get("SLURM_JOB_NUM_NODES", "unknown"),
+    )
+
+
+def wandb_mode() -> str:
+    """WANDB_MODE, empty if it is not set."""
+    return os.environ.get("WANDB_MODE", "")
+
+
+def has_wandb_key() -> bool:
+    """Whether W&B would find a key, in the environment or where `wandb login` puts it."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    with suppress(OSError, netrc.NetrcParseError):
+        hosts = netrc.netrc(os.environ.get("NETRC")).hosts
+        return any("wandb" in host for host in hosts)
+    return False
+
+
+def network_interface() -> str:
+    """Through which gloo or NCCL is told to speak, empty if neither is."""
+    return os.environ.get("GLOO_SOCKET_IFNAME") or os.environ.get("NCCL_SOCKET_IFNAME", "")
