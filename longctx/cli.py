@@ -39,13 +39,14 @@ def train(argv: list[str]) -> int:
 
 def _train(settings: "Settings", stop: "StopRequest") -> int:
     from longctx.checkpoint import latest
-    from longctx.parallel.mesh import has_joined, is_first_here, world_size
+    from longctx.parallel.mesh import has_joined, is_first_here, processes_here, world_size
     from longctx.parallel.stopping import tell_launcher
+    from longctx.plan.automatic import settle_memory
     from longctx.train.mirror import is_stuck
     from longctx.train.trainer import train as run
 
     try:
-        code = 0
+        code, settings = 0, settle_memory(settings, world_size(), processes_here())
         if run(settings, stop) and not tell_launcher(str(latest(settings.checkpoints))):
             code = STOPPED
     except InputError as error:
@@ -84,6 +85,7 @@ def _leave(code: int) -> NoReturn:
 def check(argv: list[str]) -> int:
     """CONFIG [PROCESSES] [--table.key value ...]: say whether train could start, and how"""
     from longctx.config import apply_overrides
+    from longctx.plan.automatic import settle_memory
     from longctx.train.prepare import prepare
     from longctx.train.settings import load_settings
 
@@ -94,9 +96,11 @@ def check(argv: list[str]) -> int:
     if processes < 1:
         raise InputError("longctx check: PROCESSES must be at least 1")
     settings = apply_overrides(load_settings(name), options, "longctx check")
+    settings = settle_memory(settings, processes, here=processes)
     prepared = prepare(settings, processes)
     start = prepared.resumed or prepared.initial or "the beginning"
-    sys.stdout.write(f"{processes} processes: {prepared.split}; starts from {start}\n")
+    kept = f"{processes} processes: {prepared.split}, {settings.memory}"
+    sys.stdout.write(f"{kept}; starts from {start}\n")
     return 0
 
 

@@ -19,6 +19,7 @@ from longctx.data.inspect import InspectConfig
 from longctx.data.statistics import StatsConfig
 from longctx.data.tokenize import TokenizeConfig
 from longctx.data.vocabulary import TrainTokenizerConfig
+from longctx.doctor.command import DoctorConfig
 from longctx.eval.generate import GenerateConfig
 from longctx.launch.slurm import SlurmConfig
 from longctx.plan.command import PlanConfig
@@ -75,6 +76,7 @@ def config_classes(annotation: Any, found: set[type]) -> set[type]:
 
 COMMANDS = (
     Settings,
+    DoctorConfig,
     GenerateConfig,
     PlanConfig,
     ReportConfig,

@@ -10,6 +10,8 @@ from typing import Protocol
 from longctx.data.loader import Batch
 
 Segments = Sequence[tuple[int, int]]
+PATIENCE = 1.0
+"""Seconds to wait for a thread to end."""
 
 
 class Reader(Protocol):
@@ -72,11 +74,14 @@ class Prefetch:
         return waited
 
     def close(self) -> None:
-        """Ends the thread, which at most finishes the micro-batch it is reading."""
+        """Ends the thread, which at most finishes the micro-batch it is reading. Waits for it, but
+        not long: a process aborts if a thread wakes up while Python ends."""
         with self._changed:
             self._closed = True
             self._ready.clear()
             self._changed.notify_all()
+        if self._thread.is_alive():
+            self._thread.join(PATIENCE)
 
     def _take(self) -> Batch | BaseException:
         with self._changed:

@@ -244,7 +244,8 @@ def submit(script: str, options: Sequence[str] = ()) -> str:
         )
     except FileNotFoundError:
         raise OutsideError(
-            "sbatch is not here: run this where SLURM's commands are, or with --dry-run"
+            "sbatch is not here: run this where SLURM's commands are "
+            "(longctx launch slurm --dry-run prints a script anywhere)"
         ) from None
     except subprocess.TimeoutExpired:
         raise OutsideError(f"sbatch did not answer within {SUBMIT_SECONDS} s") from None

@@ -1,11 +1,11 @@
 """Counts the memory that tensors take, whoever holds them."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 class Allocations(TorchDispatchMode):
@@ -23,7 +23,7 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        for storage in _storages((args, kwargs)):
+        for storage in _storages((args, tuple((kwargs or {}).values()))):
             if storage._cdata not in self._known:
                 self._known.add(storage._cdata)
                 self._foreign.append(StorageWeakRef(storage))
@@ -40,5 +40,10 @@ class Allocations(TorchDispatchMode):
         return sum(size for reference, size in self._made if not reference.expired())
 
 
-def _storages(values: Any) -> list[Any]:
-    return [x.untyped_storage() for x in tree_leaves(values) if isinstance(x, Tensor)]
+def _storages(values: Any) -> Iterator[Any]:
+    """Of tensors in what an operator takes or gives."""
+    if isinstance(values, Tensor):
+        yield values.untyped_storage()
+    elif isinstance(values, (tuple, list)):
+        for value in values:
+            yield from _storages(value)

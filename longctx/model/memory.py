@@ -16,10 +16,11 @@ WIDTH_OF_RESIDUAL = 4
 class MemoryConfig:
     """The `[memory]` table."""
 
-    checkpointing: Checkpointing = "none"
+    checkpointing: Literal["none", "full", "keep", "auto"] = "none"
     """What layers keep for their backward pass: all they need; with full their input, from which
     the rest is computed again; with keep also (out, log-sum-exp) of softmax cores, incoming states
-    of linear and delta layers and small results of exchanges, so that these are not repeated."""
+    of linear and delta layers and small results of exchanges, so that these are not repeated; auto
+    takes the fastest that fits, and with it mlp_tokens and activations where these are left out."""
     layers: dict[str, Checkpointing] = field(default_factory=dict)
     """The same for letters of model.pattern that differ; only in a config file."""
     activations: Literal["device", "cpu"] = "device"
@@ -59,8 +60,21 @@ class MemoryConfig:
                 )
 
     def of_layer(self, letter: str) -> Checkpointing:
-        """How a layer with this letter is checkpointed."""
-        return self.layers.get(letter, self.checkpointing)
+        """How a layer with this letter is checkpointed; InputError while that is to be chosen."""
+        policy = self.layers.get(letter, self.checkpointing)
+        if policy == "auto":
+            raise InputError(
+                "memory.checkpointing = 'auto': only longctx train, check and plan choose by the "
+                "size of a machine; set 'none', 'keep' or 'full'"
+            )
+        return policy
+
+    def __str__(self) -> str:
+        """What layers keep, in the words of the fields."""
+        own = [f"{letter} {policy}" for letter, policy in sorted(self.layers.items())]
+        tiles = [f"mlp_tokens {self.mlp_tokens}"] if self.mlp_tokens else []
+        waiting = ["activations cpu"] if self.activations == "cpu" else []
+        return ", ".join([f"checkpointing {self.checkpointing}", *own, *tiles, *waiting])
 
 
 class BlockMemory(NamedTuple):

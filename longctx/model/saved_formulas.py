@@ -8,7 +8,10 @@ from torch import nn
 from longctx.mixers.delta import Delta
 from longctx.mixers.gla import GLA
 from longctx.mixers.linear import Linear
+from longctx.mixers.lte import LTE
 from longctx.mixers.mamba2 import Mamba2
+from longctx.mixers.moh import MoH
+from longctx.mixers.nsa import NSA
 from longctx.mixers.parts import GatedNorm, LowRank
 from longctx.mixers.softmax import Softmax
 from longctx.mixers.titans import Titans
@@ -23,6 +26,7 @@ from longctx.model.saved_cores import (
     is_traded,
     recurrent_heads,
 )
+from longctx.model.saved_sparse import selecting, surviving
 
 Formula = Callable[[Any, int, Batch], Saved]
 """Of a mixer, the model's width and a batch; the input of the layer is not counted."""
@@ -38,12 +42,17 @@ def formula_of(mixer: nn.Module) -> Formula | None:
         is_known = mixer.convolve is not None and not getattr(mixer.decay, "lowest", 0)
     elif isinstance(mixer, Titans):
         is_known = mixer.convolve is not None
+    elif isinstance(mixer, (LTE, NSA)):
+        is_known = config.reuses == "nothing"
+    elif isinstance(mixer, MoH):
+        is_known = isinstance(mixer.inner, Softmax) and config.compute == "dense"
+        is_known = is_known and config.router == "learned"
     else:
         is_known = not (isinstance(mixer, GLA) and mixer.shift is not None)
     return _FORMULAS.get(type(mixer)) if is_known else None
 
 
-def _softmax(mixer: Softmax, width: int, batch: Batch) -> Saved:
+def _softmax(mixer: Softmax, width: int, batch: Batch, is_weighed: bool = False) -> Saved:
     config, M, a, w = mixer.config, batch.total, batch.narrow, batch.wide
     H, J, K = mixer.num_heads, mixer.num_kv_heads, mixer.size
     own_keys = 0 if config.reuses == "keys and values" else 1
@@ -58,9 +67,26 @@ def _softmax(mixer: Softmax, width: int, batch: Batch) -> Saved:
     if batch.split is None:
         # Keys and values of another layer, which several lay out for themselves.
         total -= M * J * K * a * (2 - own_keys - own_values)
-    reader: Literal["map", "gate"] = "map" if config.gate == "none" else "gate"
+    is_read = config.gate == "none" and not is_weighed
+    reader: Literal["map", "gate"] = "map" if is_read else "gate"
     core = attending(batch, Heads(H, J, K, K), config.window, reader)
     return core.plus(Saved(none=total))
+
+
+def _moh(mixer: MoH, width: int, batch: Batch) -> Saved:
+    config, M, a, w = mixer.config, batch.total, batch.narrow, batch.wide
+    E, S, inner = mixer.routed_heads, config.shared_heads, mixer.inner
+    maps = 1 + (S > 0) + (S > 1)
+    total = M * width * a * maps if a < w else 0
+    # Probabilities, which are chosen, their weights before and after the division; its divisor.
+    total += M * (w if config.router_noise else a) * (4 * E + 1)
+    if S:
+        # How the groups are weighed, before and after the 2; shared gates alike; all gates.
+        total += M * a * (2 * 2 + (2 * S if S > 1 else 1) + S + E)
+    # What the last map takes; means.
+    total += M * mixer.num_heads * inner.sizes.value_dim * a + 2 * E * w
+    means = 2 * E * w if batch.split else 0
+    return _softmax(inner, width, batch, is_weighed=True).plus(Saved(0, means, total))
 
 
 def _linear(mixer: Linear, width: int, batch: Batch) -> Saved:
@@ -158,4 +184,7 @@ _FORMULAS: dict[type, Formula] = {
     Delta: _delta,
     Mamba2: _mamba2,
     Titans: _titans,
+    LTE: surviving,
+    MoH: _moh,
+    NSA: selecting,
 }

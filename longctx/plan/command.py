@@ -3,24 +3,26 @@
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
 from longctx.config import apply_overrides
 from longctx.data.config import DataConfig
-from longctx.data.sources import source_tokenizer
-from longctx.data.tokenizer import open_tokenizer
 from longctx.errors import InputError, OutsideError
+from longctx.plan.automatic import size_of_vocabulary
 from longctx.plan.clusters import ClusterConfig, load_cluster
 from longctx.plan.prediction import predict
 from longctx.plan.record import as_record
 from longctx.plan.show import as_text
+from longctx.plan.what_if import what_if
 from longctx.train.settings import load_settings
 
 COMMAND = "longctx plan"
 LIKE = {"H200": "8xh200", "H100": "8xh100", "A100": "dgx-a100"}
 """Packaged clusters by a part of the names of their devices."""
+PICTURES = ".png", ".svg", ".pdf"
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class PlanConfig:
     """Tokens to train on, for the cost; 0 takes those of train.steps."""
     search: bool = True
     """Whether other ways to run are tried."""
+    what_if: bool = False
+    """Whether a step is simulated, with other transports and with delays."""
     picture: str = ""
     """File that gets a picture, such as plan.png."""
 
@@ -45,6 +49,8 @@ class PlanConfig:
         for name in ("processes", "vocab_size", "tokens"):
             if getattr(self, name) < 0:
                 raise InputError(f"--{name} = {getattr(self, name)}: must not be negative")
+        if self.picture and Path(self.picture).suffix not in PICTURES:
+            raise InputError(f"--picture {self.picture}: must end in {' or '.join(PICTURES)}")
 
 
 def run(argv: Sequence[str]) -> int:
@@ -64,6 +70,9 @@ def run(argv: Sequence[str]) -> int:
     vocab_size = options.vocab_size or vocabulary_of(settings.data)
     run_of = settings, cluster, processes, vocab_size
     plan = predict(*run_of, options.tokens, options.search)
+    shown = plan.best or plan.asked
+    if options.what_if and shown:
+        plan = replace(plan, what_if=what_if(shown.work, cluster))
     if options.picture:
         from longctx.plan.picture import draw
 
@@ -122,12 +131,7 @@ def _processes(options: PlanConfig, cluster: ClusterConfig) -> int:
 
 def vocabulary_of(data: DataConfig) -> int:
     """Of the tokenizer of the first source; InputError if it is not on this machine."""
-    if data.task:
-        return data.vocabulary
-    source = next(iter(data.sources().values()))
     try:
-        if source.streaming:
-            return open_tokenizer(data.tokenizer).vocab_size
-        return source_tokenizer(source, data).vocab_size
+        return size_of_vocabulary(data)
     except InputError as error:
         raise InputError(f"{error}; or give --vocab_size, for a plan without the data") from None

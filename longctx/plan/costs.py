@@ -78,10 +78,7 @@ class StepTime:
 
 def step_time(work: Workload, cluster: ClusterConfig) -> StepTime:
     """Of the slowest process; InputError if the cluster's file lacks what this needs."""
-    slowest = max(
-        (Compute(work, cluster, rank) for rank in _candidates(work)),
-        key=lambda compute: sum(compute.by_kind.values()),
-    )
+    slowest = slowest_of(work, cluster)
     exchanges, weights = Exchanges(slowest), own_weights(work)
     parts = exchanges.waits(), engine_waits(exchanges), host_waits(exchanges, weights)
     return StepTime(
@@ -96,6 +93,12 @@ def step_time(work: Workload, cluster: ClusterConfig) -> StepTime:
         peak=cluster.peak(work.precision),
         price_per_device_hour=cluster.price_per_device_hour,
     )
+
+
+def slowest_of(work: Workload, cluster: ClusterConfig) -> Compute:
+    """What the process that computes most of a sequence does."""
+    found = (Compute(work, cluster, rank) for rank in _candidates(work))
+    return max(found, key=lambda compute: sum(compute.by_kind.values()))
 
 
 def _forward_flops(work: Workload) -> float:

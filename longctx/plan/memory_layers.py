@@ -8,6 +8,7 @@ from longctx.model.layers import SwiGLU
 from longctx.model.memory import MemoryConfig
 from longctx.model.saved_bytes import of_hollow
 from longctx.plan.sizes import HollowLayer
+from longctx.plan.traffic_layers import expected_of
 from longctx.plan.workload import Workload
 from longctx.sequence.expected import Expected
 from longctx.sequence.ledger import Traffic
@@ -79,7 +80,7 @@ def _exchanged(work: Workload, layer: HollowLayer, batch: Batch) -> int:
     mixer = layer.block.mixer
     if mixer is None or batch.split is None:
         return 0
-    expected = mixer.expected_traffic(batch.split)
+    expected = expected_of(mixer, batch.split)
     verbs = {verb for verb, _ in expected}
     return max((_of_verb(expected, verb, work) for verb in verbs), default=0)
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from longctx.errors import InputError
 from longctx.parallel import Split
+from longctx.plan.automatic import settle_within
 from longctx.plan.choices import changed, divisors, savings
 from longctx.plan.clusters import ClusterConfig
 from longctx.plan.flops import flops_of
@@ -16,6 +17,7 @@ from longctx.plan.memory import Memory
 from longctx.plan.reasons import Runner, advice, runners_up
 from longctx.plan.search import Candidate, Search, largest_memory, room_of
 from longctx.plan.sizes import Parameters, parameters_of
+from longctx.plan.what_if import WhatIf
 from longctx.plan.workload import Workload, workload
 from longctx.sequence.sharded import Transports
 from longctx.train.settings import Settings
@@ -66,6 +68,8 @@ class Prediction:
     """What to change if the config does not fit as it is, or if nothing does."""
     seconds: float
     """That it took to find out."""
+    what_if: Sequence[WhatIf] = ()
+    """Simulated steps of the best way, or else of the config as it is."""
 
     @property
     def best(self) -> Candidate | None:
@@ -124,8 +128,10 @@ def _asked(search: Search, searches: bool) -> tuple[Candidate | None, str]:
     """The config as it is; or, if it leaves the split open and a search will settle it, why it
     cannot run."""
     settings, own = search.settings, search.settings.parallel
+    sizes = search.processes, search.vocab_size, search.precision
     try:
-        work = workload(settings, search.processes, search.vocab_size, search.precision)
+        settings = settle_within(settings, *sizes, room_of(search.cluster))
+        work = workload(settings, *sizes)
     except InputError as error:
         if not searches or (own.dp, own.sp, own.tp) != (0, 1, 1):
             raise
@@ -169,8 +175,9 @@ def _longest(asked: Candidate | None, candidates: Sequence[Candidate]) -> list[L
         most = FRUGAL if candidates[-1].stand_in is None else 1
         frugal = sorted(candidates, key=lambda each: each.memory.device)[:most]
         works = [each.work for each in frugal]
-        best = longest(works, room_of(candidates[0].cluster))
-        found.append(Longest("with the best split", *best))
+        best = Longest("", *longest(works, room_of(candidates[0].cluster)))
+        best = max([best, *found], key=lambda way: way.tokens)
+        found.append(best._replace(where="with the best split"))
     return found
 
 

@@ -105,6 +105,21 @@ def gather(program: Program, crew: Crew, work: Work, overlapped: bool = True) ->
     return [program.compute(rank, "inter", seconds, came) for rank in crew.ranks]
 
 
+def gather_in_parts(program: Program, crew: Crew, work: Work, parts: int) -> list[int]:
+    """The same a part at a time: each is used while the next one comes, and what needs none of
+    them is done beside the first."""
+    last = [program.compute(rank, "compute", work.before) for rank in crew.ranks]
+    came, ready = list[int](), last
+    for part in range(parts):
+        came = [crew.all_gather(program, "gather", work.size / parts, [*ready, *came])]
+        ready = last
+        if not part:
+            for rank in crew.ranks:
+                program.compute(rank, "compute", work.beside)
+        last = [program.compute(rank, "part", work.behind / parts, came) for rank in crew.ranks]
+    return [program.compute(rank, "compute", work.rest) for rank in crew.ranks]
+
+
 def ring(program: Program, crew: Crew, work: Work) -> list[int]:
     """Keys and values go round; a rank works on one block, all alike, while the next one comes."""
     ranks, each = crew.ranks, work.beside / len(crew.ranks)

@@ -45,6 +45,7 @@ def as_record(plan: Prediction) -> dict[str, Any]:
         ],
         "policies": {name: _memory(memory) for name, memory in plan.policies.items()},
         "longest": [_longest(found) for found in plan.longest],
+        "what_if": [each._asdict() for each in plan.what_if],
         "advice": list(plan.advice),
         "tried": len(plan.candidates),
         "left_out": list(plan.left_out),

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import product
 from math import log
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from longctx.sequence.ledger import Traffic
 from longctx.sequence.sharded import Transports
 from longctx.train.settings import Settings
 
-REFINED = 3
+REFINED = 5
 """Meshes of which every other choice is tried."""
 PROMISING = 1.3
 """Times the step of the best so far, within which a mesh has to start for that."""
@@ -128,6 +129,11 @@ class Search:
         return changed(self.settings, {"model.depth": min(model.depth, len(model.pattern))})
 
     @cached_property
+    def _verbs(self) -> set[str]:
+        """What layers ask for."""
+        return {verb for layer in self._probe.model.layers for verb in layer.verbs()}
+
+    @cached_property
     def _runs_layers(self) -> bool:
         """Whether there are layers whose memory is found by running them at small sizes."""
         layers = hollow_model(self.settings.model, self.vocab_size, (0, 1)).layers()
@@ -202,21 +208,31 @@ class Search:
         if not legal:
             return None
         ends = {str(way): way for way in (legal[0], legal[-1])}.values()
-        found = [way for each in ends if (way := self._fitting(each))]
-        if not any(map(self._fits, found)):
-            ring = self._fitting(joined(legal[0], choices.streams()[-1]))
-            found += [ring] if ring else []
+        found = [way for each in ends for way in self._fitting(each)]
         return self._best_of(found)
 
-    def _fitting(self, way: Changes) -> Changes | None:
-        """With the fastest saving of memory with which it fits, or else the one that saves most."""
+    def _fitting(self, way: Changes) -> list[Changes]:
+        """With the fastest saving of memory with which it fits, and with a faster one if it fits
+        where keys or weights come otherwise; if none does, with the one that saves most."""
         if (work := self.legal(way)) is None:
-            return None
+            return []
         ways = [joined(way, saving) for saving in self._savings(work)]
         legal = [each for each in ways if self.legal(each)]
-        if not legal or not self._fits(legal[-1]):
-            return legal[-1] if legal else None
-        return next(each for each in legal if self._fits(each))
+        first = next((n for n, each in enumerate(legal) if self._fits(each)), len(legal))
+        others = [a for a in self._arrivals(work) if a.get("parallel.weights") != "fp32"]
+        frugal = (joined(each, other) for each in legal[:first] for other in others)
+        faster = next((each for each in frugal if self._fits(each)), None)
+        return [*legal[: first + 1][-1:], *([faster] if faster else [])]
+
+    def _arrivals(self, work: Workload) -> list[Changes]:
+        """Ways for keys and weights to come; all but the first take less memory, or may."""
+        is_split = "stream" in self._verbs and work.split.sp > 1
+        streams: Sequence[Changes] = choices.streams() if is_split else [{}]
+        weights: Sequence[Changes] = choices.weights() if self.precision == "bf16" else [{}]
+        return [joined(*each) for each in product(streams, weights)]
+
+    def _with_arrivals(self, work: Workload, ways: Sequence[Changes]) -> list[Changes]:
+        return [joined(*each) for each in product(ways, self._arrivals(work))]
 
     def _fits(self, way: Changes) -> bool:
         found = self.candidate(way)
@@ -240,22 +256,17 @@ class Search:
 
     def _factors(self) -> Iterator[Callable[[Workload], Sequence[Changes]]]:
         """The choices, each with the values that it has for a work."""
-        verbs = {verb for layer in self._probe.model.layers for verb in layer.verbs()}
-        node = self.cluster.processes_per_node
+        verbs, node = self._verbs, self.cluster.processes_per_node
 
         def where_split(ways: Sequence[Changes]) -> Callable[[Workload], Sequence[Changes]]:
             return lambda work: ways if work.split.sp > 1 else ()
 
-        yield lambda work: choices.head_groups(work.split.sp)
+        yield lambda work: self._with_arrivals(work, choices.head_groups(work.split.sp))
         yield where_split(choices.placements())
         if "prefix" in verbs:
             yield where_split(choices.prefixes())
-        if "stream" in verbs:
-            yield where_split(choices.streams())
         yield lambda work: choices.engines(work.split.dp * work.split.sp, node)
-        if self.precision == "bf16":
-            yield lambda _: choices.weights()
-        yield self._savings
+        yield lambda work: self._with_arrivals(work, self._savings(work))
         yield lambda work: choices.micro_batches(work.settings.train.batch_size // work.split.dp)
 
 
@@ -271,7 +282,10 @@ def _alone(work: Workload) -> Workload:
         "parallel.weights": "fp32",
     }
     own = replace(split, dp=holders, sp=1, placement="contiguous", transports=Transports())
-    return replace(work, settings=changed(work.settings, changes), split=own)
+    try:
+        return replace(work, settings=changed(work.settings, changes), split=own)
+    except InputError:  # a layer needs longer sequences than one process has of them
+        return work
 
 
 def _key(work: Workload) -> str:
@@ -299,12 +313,16 @@ def choose_memory(
 
     It follows from sizes alone, so that all processes choose alike.
     """
-    tokens, chosen = settings.train.seq_len // settings.parallel.sp, settings.memory
-    own_tiles = {"memory.mlp_tokens": chosen.mlp_tokens} if chosen.mlp_tokens else {}
-    for policy in choices.policies("cuda" if room.is_apart else "cpu", tokens):
-        work = workload(
-            changed(settings, joined(policy, own_tiles)), processes, vocab_size, precision
-        )
+    train, split, chosen = settings.train, settings.parallel, settings.memory
+    rows = train.micro_batch or train.batch_size * split.sp * split.tp // processes
+    tokens = rows * -(-train.seq_len // split.sp)
+    own: Changes = {"memory.mlp_tokens": chosen.mlp_tokens} if chosen.mlp_tokens else {}
+    policies = choices.policies("cuda" if room.is_apart else "cpu", tokens)
+    if chosen.checkpointing == "auto" and chosen.activations == "cpu":
+        own = joined(own, {"memory.activations": "cpu"})
+        policies = policies[1:]  # where nothing is checkpointed, nothing waits elsewhere
+    for policy in policies:
+        work = workload(changed(settings, joined(policy, own)), processes, vocab_size, precision)
         chosen = work.settings.memory
         if not room.lacks(largest_memory(work, room.is_apart)):
             break

@@ -8,6 +8,7 @@ from longctx.plan.prediction import Prediction
 from longctx.plan.reasons import choice_of
 from longctx.plan.search import Candidate, room_of
 from longctx.plan.units import duration, gib, short, told
+from longctx.plan.what_if import WhatIf
 from longctx.sequence.ledger import Traffic
 
 WIDTH = 100
@@ -27,6 +28,7 @@ def as_text(plan: Prediction) -> str:
         _policies(plan),
         _longest(plan),
         _runners(plan),
+        _what_if(plan),
         _left_out(plan),
         _paragraph("Predicted from", plan.cluster.source),
     ]
@@ -225,6 +227,44 @@ def _runners(plan: Prediction) -> str:
         else:
             lines.append(line)
     return "\n".join(lines)
+
+
+def _what_if(plan: Prediction) -> str:
+    """Simulated steps, a row for each choice of transports."""
+    if not plan.what_if:
+        return ""
+    rows = [(_transports(each), _delays(each)) for each in plan.what_if]
+    which, verbs = "best" if plan.best else "as it is", ", ".join(rows[0][0])
+    lines = [_line(f"What if, {which}" + f": {verbs}" * bool(verbs), list(rows[0][1]), NARROW)]
+    lines += [
+        _line(f"  {', '.join(own.values()) or 'simulated'}", [*cells.values()], NARROW)
+        for own, cells in rows
+    ]
+    scopes = dict.fromkeys((each.ranks, each.layers) for each in plan.what_if)
+    few = [
+        f"{ranks[0]} of {ranks[1]} processes and {layers[0]} of {layers[1]} layers"
+        for ranks, layers in scopes
+        if ranks[0] < ranks[1] or layers[0] < layers[1]
+    ]
+    return "\n".join([*lines, *([_paragraph("Simulated", "; ".join(few))] if few else [])])
+
+
+def _transports(way: WhatIf) -> dict[str, str]:
+    stream = way.stream + f", {way.gather_heads} heads" * bool(way.gather_heads)
+    return {verb: own for verb, own in (("prefix", way.prefix), ("stream", stream)) if own}
+
+
+def _delays(way: WhatIf) -> dict[str, str]:
+    def more(seconds: float) -> str:
+        return f"+{max(0.0, seconds / way.steady - 1):.1%}"
+
+    return {
+        "predicted": duration(way.predicted),
+        "steady": duration(way.steady),
+        "5% jitter": more(way.usual),
+        "its worst": more(way.worst),
+        "one slow": more(way.one_slow),
+    }
 
 
 def _left_out(plan: Prediction) -> str:

@@ -52,11 +52,16 @@ def _of_pass(work: Workload, layers: dict[str, Layer], share: Share) -> Sent:
         expected = layer.expected(share)
         again = _repeated(expected, memory.of_layer(letter), share)
         exchanged[letter] = combined([expected, again])
-    sent: list[Sent] = [] if tp == 1 else [shared_vocabulary(work, share)]
-    for number, letter in enumerate(model.letters):
-        own = exchanged[letter].items()
-        sent.append({Label(number, *key): traffic for key, traffic in own})
-        if tp > 1:
+    sent: list[Sent] = [
+        {
+            Label(number, *key): traffic
+            for number, letter in enumerate(model.letters)
+            for key, traffic in exchanged[letter].items()
+        }
+    ]
+    if tp > 1:
+        sent.append(shared_vocabulary(work, share))
+        for number, letter in enumerate(model.letters):
             policy = memory.of_layer(letter)
             sent.append(shared_layer(work, number, layers[letter], policy, share))
     return combined(sent)

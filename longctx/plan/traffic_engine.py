@@ -76,19 +76,23 @@ def _fsdp2(work: Workload, groups: Iterable[tuple[int, Shapes]], shards: Shards)
     them once; gradients are added up after every pass, in the width of states."""
     passes, wide = len(work.micro_rows), WIDTHS[work.precision].state
     rounded = work.settings.parallel.weights == "bf16"
+    others = shards.over - 1
     sent: Sent = {}
+    padded: dict[Shapes, int] = {}
     for layer, shapes in groups:
         is_layer = layer != OUTSIDE_LAYERS
         width = WIDTHS["bf16"].activation if rounded and is_layer else wide
-        elements = sum(map(shards.padded, shapes))
+        if shapes not in padded:
+            padded[shapes] = sum(map(shards.padded, shapes))
+        elements = padded[shapes]
         calls = passes * (2 if is_layer else 1)
-        others = shards.over - 1
         if others:
             label = Label(layer, WEIGHTS)
             sent[label] = Traffic(calls, calls * others * elements * width)
         scattered = Traffic(passes * bool(others), passes * others * elements * wide)
         copied = all_reduce(elements, shards.copies, wide, passes * (shards.copies > 1))
-        sent |= combined({Label(layer, GRADIENTS): t} for t in (scattered, copied))
+        summed = scattered.calls + copied.calls, scattered.received + copied.received
+        sent[Label(layer, GRADIENTS)] = Traffic(*summed)
     return sent
 
 

@@ -66,11 +66,12 @@ class Layer:
         """What its mixer exchanges in a forward and a backward pass; {} where nobody shares."""
         if self.mixer is None or share.placement.ranks == 1:
             return {}
-        return _expected(self.mixer, share)
+        return expected_of(self.mixer, share)
 
 
-@lru_cache(maxsize=256)
-def _expected(mixer: Mixer, share: Share) -> Expected:
+@lru_cache(maxsize=1024)
+def expected_of(mixer: Mixer, share: Share) -> Expected:
+    """What a mixer exchanges with others in a forward and a backward pass."""
     return mixer.expected_traffic(share)
 
 

@@ -110,7 +110,7 @@ class Exchanges:
     def waits(self) -> Waits:
         """What layers ask for in a step, but for their weights."""
         waits = Waits()
-        for letter, own in self._by_letter.items():
+        for letter, own in self.by_letter.items():
             stream = tuple(own.get(("stream", backward), NOTHING) for backward in (False, True))
             if stream != (NOTHING, NOTHING):
                 self._stream(waits, letter, stream)
@@ -122,7 +122,7 @@ class Exchanges:
         return waits
 
     @cached_property
-    def _by_letter(self) -> dict[str, dict[Way, Traffic]]:
+    def by_letter(self) -> dict[str, dict[Way, Traffic]]:
         """Added up over all layers with a letter."""
         letters, found = self.work.settings.model.letters, dict[str, dict[Way, Traffic]]()
         for label, (calls, received) in self.traffic.items():
@@ -168,7 +168,7 @@ class Exchanges:
             return exchange_time.passed(self.groups["sequence"], traffic)
         return exchange_time.gathered(self.groups["sequence"], traffic)
 
-    def _core(self, letter: str, backward: bool) -> float:
+    def core(self, letter: str, backward: bool) -> float:
         """Seconds of the cores of all layers with a letter, in passes that exchange."""
         core = self.compute.layers[letter].core
         count = self.work.settings.model.letters.count(letter)
@@ -180,33 +180,34 @@ class Exchanges:
         """States of all segments, or from each to the next."""
         verb, backward = way
         transport = "serial" if verb == "handoff" else self.work.split.transports.prefix
-        core, group = self._core(letter, backward), self.groups["sequence"]
+        core, group = self.core(letter, backward), self.groups["sequence"]
         if transport in ("allgather", "ulysses"):
             group = self.groups["ring"] if transport == "ulysses" else group
             seconds = exchange_time.gathered(group, traffic)
         else:
-            seconds = self._chained(letter, way, SCAN_BLOCKS if transport == "scan" else 1)
+            blocks = SCAN_BLOCKS if transport == "scan" else 1
+            chains, size = self.chains(letter, way, blocks)
+            seconds = exchange_time.chained(group, self.hops, chains, size, blocks)
         if verb == "handoff":
             seconds += (group.size - 1) * core
-        is_waited_for = transport == "serial"
-        waits.beside(verb, seconds, 0.0 if is_waited_for else core * self._local(letter, backward))
+        beside = 0.0 if transport == "serial" else core * self.local_share(letter, backward)
+        waits.beside(verb, seconds, beside)
 
-    def _local(self, letter: str, backward: bool) -> float:
+    def local_share(self, letter: str, backward: bool) -> float:
         """Which share of a core with a state lies between sending states and needing them."""
         if kernels_of(self.work.settings.model.mixers[letter]) == "delta":
             return 0.0 if backward else 1.0
         return LOCAL_SHARE
 
-    def _chained(self, letter: str, way: Way, blocks: int) -> float:
-        """How many chains there are, and how large, follows from what the inner rank has."""
-        own, (verb, backward) = self._by_letter[letter], way
+    def chains(self, letter: str, way: Way, blocks: int) -> tuple[float, float]:
+        """How many there are, and how large together, follows from what the inner rank has."""
+        own, (verb, backward) = self.by_letter[letter], way
         calls, size = own[way]
         if not size:  # nothing comes to the end of a chain: as much as goes the other way
             other = own[verb, not backward]
             size = other.received * calls / other.calls
         touching = sum(self.inner in border for border in self._borders)
-        chains, group = calls / blocks / touching, self.groups["sequence"]
-        return exchange_time.chained(group, self._hops, chains, size, blocks)
+        return calls / blocks / touching, size
 
     @cached_property
     def _borders(self) -> list[tuple[int, int]]:
@@ -215,14 +216,14 @@ class Exchanges:
         return [(a, b) for a, b in zip(owners, owners[1:]) if a != b]
 
     @cached_property
-    def _hops(self) -> tuple[int, int]:
+    def hops(self) -> tuple[int, int]:
         """How many of these lie in one node, and how many between two."""
         tp, here = self.work.split.tp, self.compute.cluster.processes_per_node
         across = sum(a * tp // here != b * tp // here for a, b in self._borders)
         return len(self._borders) - across, across
 
     @cached_property
-    def _own_share(self) -> float:
+    def own_share(self) -> float:
         """Of the pairs of a query and a key that this process computes, those with own keys."""
         contexts, _ = contexts_of(self.work, self.compute.sp_rank)
         rows = len(self.work.documents) or 1
@@ -236,14 +237,14 @@ class Exchanges:
         time = exchange_time.passed if is_ring else exchange_time.gathered
         there, back = (time(group, each) for each in traffic)
         keys = back * widths.activation / sum(widths)
-        core = self._core(letter, False), self._core(letter, True)
-        stream = Stream(there, keys, back - keys, core, self._own_share)
-        hops, chunks = group.size - 1, self._chunks(letter, traffic[0].calls)
+        core = self.core(letter, False), self.core(letter, True)
+        stream = Stream(there, keys, back - keys, core, self.own_share)
+        hops, chunks = group.size - 1, self.chunks(letter, traffic[0].calls)
         exposed = stream.ring(hops) if is_ring else stream.gather(chunks)
         waits.add("stream", there, exposed[0])
         waits.add("stream", back, exposed[1])
 
-    def _chunks(self, letter: str, calls: int) -> int:
+    def chunks(self, letter: str, calls: int) -> int:
         """How many gathers bring all key heads of a layer, forward."""
         work, is_again = self.work, self.work.settings.memory.of_layer(letter) == "full"
         passes = len(work.micro_rows) * (1 + is_again)

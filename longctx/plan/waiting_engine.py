@@ -58,7 +58,10 @@ def _sharded(exchanges: Exchanges, waits: Waits) -> None:
     """
     letters, layers = exchanges.work.settings.model.letters, exchanges.compute.layers
     work = exchanges.compute.cluster.device == "cuda"
-    each = [(_gathered(exchanges, n) / 2, _scattered(exchanges, n)) for n in range(len(letters))]
+    each = [
+        (gathered_weights(exchanges, n) / 2, summed_gradients(exchanges, n))
+        for n in range(len(letters))
+    ]
     before = 0.0
     for (weights, _), letter in zip(each, letters):
         waits.beside(WEIGHTS, weights, before * work)
@@ -70,17 +73,17 @@ def _sharded(exchanges: Exchanges, waits: Waits) -> None:
         waits.add(WEIGHTS, weights, share * weights)
         waits.add(GRADIENTS, leaving, share * leaving)
         before, leaving = layers[letter].backward, gradients
-    waits.beside(WEIGHTS, _gathered(exchanges, OUTSIDE_LAYERS))
-    waits.beside(GRADIENTS, leaving + _scattered(exchanges, OUTSIDE_LAYERS))
+    waits.beside(WEIGHTS, gathered_weights(exchanges, OUTSIDE_LAYERS))
+    waits.beside(GRADIENTS, leaving + summed_gradients(exchanges, OUTSIDE_LAYERS))
 
 
-def _gathered(exchanges: Exchanges, layer: int) -> float:
+def gathered_weights(exchanges: Exchanges, layer: int) -> float:
     """Seconds of all gathers of a layer's weights in a step."""
     traffic = exchanges.traffic.get(Label(layer, WEIGHTS), NOTHING)
     return exchange_time.gathered(exchanges.groups["shards"], traffic)
 
 
-def _scattered(exchanges: Exchanges, layer: int) -> float:
+def summed_gradients(exchanges: Exchanges, layer: int) -> float:
     """Seconds of all sums of a layer's gradients: within shards, then over replicas."""
     traffic = exchanges.traffic.get(Label(layer, GRADIENTS), NOTHING)
     shards, replicas = (exchanges.groups[name] for name in ("shards", "replicas"))

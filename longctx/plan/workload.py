@@ -8,7 +8,6 @@ from longctx.parallel import Split
 from longctx.sequence.expected import WIDTHS, Share
 from longctx.sequence.placement import Placement
 from longctx.sequence.plan import Documents
-from longctx.train.engines import fit_engine
 from longctx.train.prepare import settle_mesh
 from longctx.train.settings import Settings
 
@@ -51,7 +50,7 @@ class Workload:
     def share(self, rank: int, rows: int) -> Share:
         """What one of the `sp` ranks of a sequence has of a pass over so many rows."""
         widths, transports = WIDTHS[self.precision], self.split.transports
-        return Share(rank, self.placement, rows, transports, widths, self.documents)
+        return Share(rank, self.placement, rows, transports, widths, self.documents[:rows])
 
     def batch(self, rank: int) -> Batch:
         """The largest pass of that rank."""
@@ -68,5 +67,10 @@ def workload(settings: Settings, processes: int, vocab_size: int, precision: str
     """The work of so many processes; InputError if they cannot share it like that."""
     if vocab_size < 1:
         raise InputError(f"vocab_size = {vocab_size}: must be at least 1")
-    split = fit_engine(settings, settle_mesh(settings, processes), precision)
+    split = settle_mesh(settings, processes, precision)
+    if vocab_size < split.tp:
+        raise InputError(
+            f"vocab_size = {vocab_size}: fewer than the {split.tp} processes that share it; set "
+            f"parallel.tp to at most {vocab_size}"
+        )
     return Workload(settings, split, vocab_size, precision)

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from longctx.report.curves import Series, thinned
-from longctx.report.scales import Scale, Unit, bounds, written
+from longctx.report.scales import Scale, Unit, bounds, told_apart
 
 MOST_DOTS = 200
 COLOURS = 8
@@ -64,6 +64,20 @@ class Chart:
     whole_x: bool = True
     """Whether x are whole numbers, such as steps."""
 
+    def ends_of_y(self) -> tuple[float, float]:
+        """The least and the largest number of its curves, and of its bands if near: a band that
+        knows nothing does not squeeze the curves."""
+        low, high = self._ends([curve.series.y for curve in self.curves])
+        if not self.bands:
+            return low, high
+        room = (high - low) or 0.1 * abs(high)
+        lowest, highest = self._ends([y for band in self.bands for y in (band.low, band.high)])
+        return min(low, max(lowest, low - room)), max(high, min(highest, high + room))
+
+    @staticmethod
+    def _ends(values: Sequence[np.ndarray]) -> tuple[float, float]:
+        return float(min(v.min() for v in values)), float(max(v.max() for v in values))
+
     def positive(self) -> "Chart":
         """Without what a logarithmic axis cannot show."""
         kept = [replace(c, series=_positive(c.series, self)) for c in self.curves]
@@ -83,12 +97,7 @@ def draw(chart: Chart) -> str:
     width, height = WIDE if chart.wide else NARROW
     ends = [x for c in chart.curves for x in (c.series.x[0], c.series.x[-1])]
     x = Scale(*_ends_of_x(ends, chart), LEFT, width - RIGHT, chart.log_x)
-    shown = [
-        *(c.series.y for c in chart.curves),
-        *(y for b in chart.bands for y in (b.low, b.high)),
-    ]
-    tops = [float(v) for values in shown for v in (values.min(), values.max())]
-    low_y, high_y = bounds(tops, chart.log_y, chart.to_zero)
+    low_y, high_y = bounds(chart.ends_of_y(), chart.log_y, chart.to_zero)
     y = Scale(low_y, high_y, height - BOTTOM, TOP, chart.log_y, chart.unit)
     clip = f"clip-{next(_numbers)}"
     parts = [
@@ -145,17 +154,17 @@ def _data(name: str, scale: Scale) -> str:
 
 def _axes(chart: Chart, x: Scale, y: Scale) -> list[str]:
     bottom, parts = y.start, ['<g class="axes">']
-    for tick in y.ticks(5):
+    ticks = y.ticks(5)
+    for tick, label in zip(ticks, told_apart(ticks, chart.unit)):
         at = f"{y.place(tick):.1f}"
         parts.append(f'<line class="grid" x1="{x.start:g}" x2="{x.stop:g}" y1="{at}" y2="{at}"/>')
-        label = written(tick, chart.unit)
         parts.append(f'<text x="{x.start - 8:g}" y="{at}" dy=".32em" class="y">{label}</text>')
     ticks = x.ticks(10 if chart.wide else 6)
     ticks = [tick for tick in ticks if not chart.whole_x or tick == int(tick)]
     reached = -math.inf
     if not chart.log_x and ticks and x.place(ticks[0]) - x.start > 20:
         ticks.insert(0, x.low)
-    for tick in ticks:
+    for tick, label in zip(ticks, told_apart(ticks)):
         at = x.place(tick)
         parts.append(
             f'<line class="tick" x1="{at:.1f}" x2="{at:.1f}" y1="{bottom}" y2="{bottom + 4}"/>'
@@ -163,7 +172,6 @@ def _axes(chart: Chart, x: Scale, y: Scale) -> list[str]:
         if at - reached < 38:
             continue
         reached = at
-        label = written(tick)
         parts.append(f'<text x="{at:.1f}" y="{bottom + 17:g}" class="x">{label}</text>')
     middle = (x.start + x.stop) / 2
     title = escape(chart.x_title) + (" (log)" if chart.log_x else "")
@@ -175,8 +183,9 @@ def _axes(chart: Chart, x: Scale, y: Scale) -> list[str]:
 
 
 def _band(band: Band, x: Scale, y: Scale) -> str:
-    there = [(x.place(float(a)), y.place(float(b))) for a, b in zip(band.x, band.high)]
-    back = [(x.place(float(a)), y.place(float(b))) for a, b in zip(band.x, band.low)]
+    high, low = (np.clip(values, y.low, y.high) for values in (band.high, band.low))
+    there = [(x.place(float(a)), y.place(float(b))) for a, b in zip(band.x, high)]
+    back = [(x.place(float(a)), y.place(float(b))) for a, b in zip(band.x, low)]
     path = "M" + " ".join(f"{a:.1f},{b:.2f}" for a, b in [*there, *reversed(back)])
     return f'<path class="{colour(band.run)} band" d="{path}Z"/>'
 

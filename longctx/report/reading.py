@@ -143,9 +143,11 @@ def _read_metrics(run: Run) -> None:
 
 def _columns_at_once(path: Path) -> Columns | None:
     """Columns of a file that is as it should be; None of any other."""
-    import pyarrow as arrow
-    from pyarrow.json import read_json
-
+    try:
+        import pyarrow as arrow
+        from pyarrow.json import read_json
+    except ImportError:
+        return None
     try:
         table = read_json(path)
     except (arrow.ArrowException, OSError):

@@ -10,23 +10,35 @@ SI = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 BINARY = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 STEPS = (1, 2, 2.5, 5, 10)
 MOST_DECADES_WITH_PARTS = 2
+FEWEST_DIGITS, MOST_DIGITS = 3, 10
 
 
-def written(value: float, unit: Unit = "number") -> str:
-    """A number for people, with three digits."""
+def written(value: float, unit: Unit = "number", digits: int = FEWEST_DIGITS) -> str:
+    """A number for people, with three digits or so."""
     if unit == "percent":
-        return f"{100 * value:.3g} %"
+        return f"{100 * value:.{digits}g} %"
     if unit == "bytes":
         size, name = next((s for s in BINARY if abs(value) >= s[0]), (1, "B"))
-        return f"{value / size:.4g} {name}"
+        return f"{value / size:.{digits + 1}g} {name}"
     if unit == "seconds":
-        return f"{_digits(value)} s" if value < 120 else f"{value / 60:,.1f} min"
+        return f"{_digits(value, digits)} s" if value < 120 else f"{value / 60:,.1f} min"
     size, name = next((s for s in SI if abs(value) >= s[0]), (1, ""))
-    return f"{_digits(value / size)}{name}"
+    return f"{_digits(value / size, digits)}{name}"
 
 
-def _digits(value: float) -> str:
-    return f"{value:.0f}" if 1000 <= abs(value) < 1e5 else f"{value:.3g}"
+def told_apart(values: Sequence[float], unit: Unit = "number") -> list[str]:
+    """Numbers of an axis, with as many digits as tell them apart."""
+    found: list[str] = []
+    for digits in range(FEWEST_DIGITS, MOST_DIGITS):
+        found = [written(value, unit, digits) for value in values]
+        if len(set(found)) == len(found):
+            break
+    return found
+
+
+def _digits(value: float, digits: int) -> str:
+    is_whole = digits == FEWEST_DIGITS and 1000 <= abs(value) < 1e5
+    return f"{value:.0f}" if is_whole else f"{value:.{digits}g}"
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ gathered, and those of a block are added. Blocks are whole ones: an end of a doc
 block has none.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
@@ -158,16 +159,22 @@ def block_sums_traffic(
 ) -> Expected:
     """Of pieces of so many elements: `(P - 1) n elements` of a state's width each way, n the
     largest number of pieces of a rank."""
-    counts = _counts(share.placement, share.plan.documents, block, stride or block)
+    counts = piece_counts(share.placement, share.plan.documents, block, stride or block)
     received = (share.placement.ranks - 1) * max(counts) * elements * share.widths.state
     each = Traffic(int(any(counts)), received)
     return both_ways(MEANS, each, each if has_gradient else Traffic(0, 0))
 
 
 @lru_cache(maxsize=32)
-def _counts(placement: Placement, documents: Documents, block: int, stride: int) -> tuple[int, ...]:
+def piece_counts(
+    placement: Placement, documents: Documents, block: int, stride: int
+) -> tuple[int, ...]:
     """Pieces of each rank, for all ranks that ask."""
-    return Blocks(Plan(placement, 0, documents), block, stride).counts
+    each = [
+        [rows * count for count in Blocks(Plan(placement, 0, (starts,)), block, stride).counts]
+        for starts, rows in Counter(documents).items()
+    ]
+    return tuple(map(sum, zip(*each)))
 
 
 def _tables(plan: Plan, block: int, stride: int, device: torch.device) -> PieceTables:

@@ -114,9 +114,11 @@ def combined(parts: Iterable[dict[Name, Traffic]]) -> dict[Name, Traffic]:
     """Everything together, name by name."""
     total: dict[Name, Traffic] = {}
     for part in parts:
-        for key, (calls, received) in part.items():
-            before = total.get(key, Traffic(0, 0))
-            total[key] = Traffic(before.calls + calls, before.received + received)
+        for key, traffic in part.items():
+            if before := total.get(key):
+                calls, received = traffic
+                traffic = Traffic(before.calls + calls, before.received + received)
+            total[key] = traffic
     return total
 
 

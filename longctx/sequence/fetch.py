@@ -148,11 +148,15 @@ def counted(plan: Plan, policy: Policy) -> tuple[int, int]:
         ways = routes.arriving.values(), routes.leaving.values()
         arriving, leaving = (sum(map(len, way)) for way in ways)
         return arriving, leaving
-    arriving = leaving = 0
-    for starts, rows in Counter(plan.documents).items():
-        arriving += rows * _arriving(plan, policy, starts)
-        leaving += rows * _leaving(plan, policy, starts)
-    return arriving, leaving
+    documents = Counter(plan.documents).items()
+    leaving = sum(rows * _leaving(plan, policy, starts) for starts, rows in documents)
+    return arriving_items(plan, policy), leaving
+
+
+def arriving_items(plan: Plan, policy: Lifetime) -> int:
+    """Items of other ranks that this rank's queries see."""
+    documents = Counter(plan.documents).items()
+    return sum(rows * _arriving(plan, policy, starts) for starts, rows in documents)
 
 
 def _arriving(plan: Plan, policy: Lifetime, starts: tuple[int, ...]) -> int:
@@ -177,8 +181,8 @@ def _leaving(plan: Plan, policy: Lifetime, starts: tuple[int, ...]) -> int:
         for low, high in zip(edges, edges[1:]):
             document = max(s for s in starts if s <= low)
             stop = min((s for s in starts if s > document), default=length)
-            deaths = policy.expiry(torch.arange(low - document, high - document)) + document
-            found += int(torch.searchsorted(askers, deaths.clamp(max=stop)).sum())
+            later = askers[askers < stop] - document
+            found += policy.outliving(low - document, high - document, later)
     return found
 
 

@@ -53,6 +53,11 @@ class Lifetime(Policy):
         """How many keys of start..stop a query at `stop` sees, over all patterns."""
         return int((self.expiry(torch.arange(start, stop)) > stop).sum())
 
+    def outliving(self, start: int, stop: int, positions: Tensor) -> int:
+        """How many keys of start..stop a query at each of these rising positions behind them sees,
+        over all patterns and positions."""
+        return int(torch.searchsorted(positions, self.expiry(torch.arange(start, stop))).sum())
+
     def counts(self, length: int) -> Tensor:
         deaths = self.expiry(torch.arange(length)).clamp(max=length)
         changes = torch.ones(self.patterns, length + 1, dtype=torch.int64)
@@ -70,6 +75,9 @@ class Full(Lifetime):
     def lasting(self, start: int, stop: int) -> int:
         return stop - start
 
+    def outliving(self, start: int, stop: int, positions: Tensor) -> int:
+        return (stop - start) * len(positions)
+
 
 @dataclass(frozen=True)
 class Window(Lifetime):
@@ -84,6 +92,11 @@ class Window(Lifetime):
     def lasting(self, start: int, stop: int) -> int:
         near = max(start, self.sinks, stop - self.size + 1)
         return max(0, min(stop, self.sinks) - start) + max(0, stop - near)
+
+    def outliving(self, start: int, stop: int, positions: Tensor) -> int:
+        near = (positions - self.size + 1).clamp(min=max(start, self.sinks))
+        staying = max(0, min(stop, self.sinks) - start)
+        return staying * len(positions) + int((stop - near).clamp(min=0).sum())
 
 
 @dataclass(frozen=True)

@@ -68,10 +68,10 @@ def leaves(table: Table, path: str = "") -> Iterator[tuple[str, Any]]:
 def label(field: str, value: Any) -> str:
     """What a field with this value is called in the name of a folder."""
     items = value if isinstance(value, list) else [value]
-    words = [item if isinstance(item, str) else json.dumps(item) for item in items]
+    words = [item if isinstance(item, str) else json.dumps(item, default=str) for item in items]
     text = "_".join(words)
     if not all(PLAIN.fullmatch(word) for word in words) or len(text) > LONGEST_LABEL:
-        text = hashlib.sha256(json.dumps(value).encode()).hexdigest()[:8]
+        text = hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()[:8]
     return f"{field.rpartition('.')[2]}{text}"
 
 

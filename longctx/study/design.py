@@ -20,11 +20,12 @@ from longctx.config.names import suggest
 from longctx.errors import InputError
 from longctx.launch.slurm import SlurmConfig
 from longctx.study.axes import Axis, Choice, Table, leaves, read_axes
-from longctx.study.results import CONFIG_FIELDS
+from longctx.study.results import CONFIG_FIELDS, FILES
 from longctx.train.prepare import settle_mesh
 from longctx.train.settings import Settings
 
 LONGEST_NAME = 120
+"""Bytes of the name of a cell."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class StudyConfig:
     the most cells at a time, with 0 for all."""
 
     def __post_init__(self) -> None:
-        if not self.name or "/" in self.name or self.name.startswith("."):
+        if not self.name.isprintable() or "/" in self.name or self.name[:1] in ("", "."):
             raise InputError(f"study.name = {self.name!r}: must be a plain file name")
         if self.workers < 1:
             raise InputError(f"study.workers = {self.workers}: must be at least 1")
@@ -133,6 +134,10 @@ def load_study(name: str | Path, argv: Sequence[str] = ()) -> Study:
 def _cell(config: StudyConfig, base: Table, chosen: dict[str, tuple[str, Choice]]) -> Cell:
     """The cell of these choices, which stand by axis with what they are called."""
     name = _shorten("-".join(called for called, _ in chosen.values()))
+    if name in FILES or not name.isprintable():
+        raise InputError(
+            f"cell {name!r}: cannot be the name of a folder here; rename a variant or a value"
+        )
     # Pieces first, so that a field beside a kind is kept in whatever order they come.
     own = reduce(merge, (choice.piece for _, choice in chosen.values()), Table())
     table = merge(merge({"log": {"group": config.name, "job_type": "cell"}}, base), own)
@@ -153,9 +158,11 @@ def _cell(config: StudyConfig, base: Table, chosen: dict[str, tuple[str, Choice]
 
 def _shorten(name: str) -> str:
     """A name that a file system takes: the end of a long one becomes a number made of the whole."""
-    if len(name) <= LONGEST_NAME:
+    encoded = name.encode()
+    if len(encoded) <= LONGEST_NAME:
         return name
-    return f"{name[:LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    start = encoded[:LONGEST_NAME].decode(errors="ignore")
+    return f"{start}-{hashlib.sha256(encoded).hexdigest()[:8]}"
 
 
 def _check_axes(config: StudyConfig, axes: dict[str, Axis]) -> None:

@@ -183,10 +183,12 @@ def rate_plots(points: Points) -> list[Plot]:
 
 def _rate_plot(group: str, lines: dict[str, list[Point]]) -> Plot:
     curves, rows, notes, names = [], [], [], []
-    for number, (name, line) in enumerate(lines.items()):
+    for name, line in lines.items():
         found = known(line, lambda p: p.rate, lambda p: p.loss)
         if not found:
+            notes.append(f"{name}: no loss that is a number")
             continue
+        number = len(names)
         names.append(name)
         means = _means(found)
         curves.append(Curve(number, name, means, "points"))

@@ -32,8 +32,7 @@ def locked(folder: Path) -> Iterator[int]:
         raise OutsideError(f"{folder}: cannot write: {error.strerror}") from error
     try:
         _take(held, folder)
-        os.ftruncate(held, 0)
-        os.pwrite(held, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        _sign(held, folder)
         yield held
     finally:
         os.close(held)
@@ -56,6 +55,15 @@ def _take(held: int, folder: Path) -> None:
             print(f"waiting until cells that {owner} left behind have saved", flush=True)
             has_said = True
         time.sleep(POLL_SECONDS)
+
+
+def _sign(held: int, folder: Path) -> None:
+    """Tells others who has locked."""
+    try:
+        os.ftruncate(held, 0)
+        os.pwrite(held, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    except OSError as error:
+        raise OutsideError(f"{folder}: cannot write: {error.strerror}") from error
 
 
 def _try(held: int, folder: Path) -> bool:

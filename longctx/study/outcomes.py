@@ -4,9 +4,10 @@ from collections.abc import Collection
 from typing import Any
 
 from longctx.errors import OutsideError
+from longctx.report.reading import as_number
 from longctx.study.design import Cell, Study
 from longctx.study.results import Results, Row
-from longctx.train.run_directory import finished
+from longctx.train.run_directory import finished, write_config
 
 ATTEMPTS = 2
 """How often a cell may fail."""
@@ -34,17 +35,21 @@ class Outcomes:
         try:
             lines = file.read_text(errors="replace").splitlines()
         except FileNotFoundError:
-            lines = []
+            lines = self._failures.get(cell.name, [])
         except OSError as error:
             raise OutsideError(f"{file}: cannot read: {error.strerror}") from error
         self._failures[cell.name] = lines
 
     def note_failure(self, cell: Cell, reason: str) -> None:
-        """Counts an attempt that failed, so that also a later command knows of it."""
+        """Counts an attempt that failed, so that also a later command knows of it; in a new run
+        directory if somebody has taken that of the cell away."""
         file = cell.settings.run.path / FAILURES_FILE
+        if not file.parent.exists():
+            write_config(cell.settings)
+        lines = [*([] if file.exists() else self._failures[cell.name]), " ".join(reason.split())]
         try:
             with file.open("a") as failures:
-                failures.write(" ".join(reason.split()) + "\n")
+                failures.writelines(f"{line}\n" for line in lines)
         except OSError as error:
             raise OutsideError(f"{file}: cannot write: {error.strerror}") from error
         self.look(cell)
@@ -52,6 +57,7 @@ class Outcomes:
     def forgive(self, cell: Cell) -> None:
         """Forgets that attempts failed."""
         (cell.settings.run.path / FAILURES_FILE).unlink(missing_ok=True)
+        self._failures[cell.name] = []
         self.look(cell)
 
     def status(self, cell: Cell) -> str:
@@ -122,8 +128,7 @@ class Outcomes:
             figures = {
                 cell.name: figure
                 for cell in cells
-                if (figure := self._summaries[cell.name].get(config.by)) is not None
-                and figure == figure
+                if (figure := as_number(self._summaries[cell.name].get(config.by))) is not None
             }
             if figures and all(statuses[cell.name] in ("done", "failed") for cell in cells):
                 choose = min if config.by == "val_loss" else max

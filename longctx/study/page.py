@@ -92,10 +92,10 @@ def _summary(points: Points) -> str:
     return (
         f"<pre>{escape(redact(results.command))}</pre>"
         f'<div class="scroll"><table><tbody>{rows}</tbody></table></div>'
-        "<p>The command trains what is not finished, and makes this page anew. A single cell: "
-        "<code>longctx train FOLDER/CELL/config.toml</code>. Bands and ranges hold 90 % of laws "
-        "through resampled residuals; they say how sure a law is of the runs it was fitted to, "
-        "not of other sizes, data or learning rates.</p>"
+        "<p>The command makes this page anew; without --collect it first trains what is not "
+        "finished. A single cell: <code>longctx train FOLDER/CELL/config.toml</code>. Bands and "
+        "ranges hold 90 % of laws through resampled residuals; they say how sure a law is of the "
+        "runs it was fitted to, not of other sizes, data or learning rates.</p>"
     )
 
 

@@ -8,11 +8,12 @@ from typing import Any
 from longctx.errors import OutsideError
 from longctx.files import write_whole
 from longctx.report.charts import Chart
+from longctx.report.reading import as_number
+from longctx.report.scales import bounds
 from longctx.study.page import Plots, make_plots, render
 from longctx.study.points import read_points
-from longctx.study.results import Results
+from longctx.study.results import PAGE, PICTURE, Results
 
-PAGE, PICTURE = "study.html", "study.png"
 LABELS = {"val_accuracy": "accuracy on held-out data", "val_loss": "loss on held-out data (nats)"}
 MARKS = "os^DvPX"
 
@@ -61,6 +62,7 @@ def _chart(axes: Any, chart: Chart, names: Sequence[str], y_name: str) -> None:
     axes.set(xlabel=chart.x_title, ylabel=y_name, title=chart.title)
     axes.set_xscale("log" if chart.log_x else "linear")
     axes.set_yscale("log" if chart.log_y else "linear")
+    axes.set_ylim(*bounds(chart.ends_of_y(), chart.log_y))
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
 
@@ -93,7 +95,7 @@ def _groups(results: Results) -> dict[str, dict[str, list[float]]]:
     groups: dict[str, dict[str, list[float]]] = {}
     first, *others = results.axes
     for row in results.rows:
-        figure = row.summary.get(results.plot)
+        figure = as_number(row.summary.get(results.plot))
         if figure is not None:
             line = str(row.values[others[0]]) if others else results.name
             groups.setdefault(line, {}).setdefault(str(row.values[first]), []).append(figure)

@@ -15,7 +15,12 @@ from typing import Any
 from longctx.errors import InputError, OutsideError
 from longctx.files import write_whole
 
-RECORD_FILE = "study.json"
+RECORD_FILE, CSV_FILE, PARQUET_FILE = "study.json", "study.csv", "study.parquet"
+PAGE, PICTURE, JOBS_FILE = "study.html", "study.png", "jobs.json"
+FILES = (RECORD_FILE, CSV_FILE, PARQUET_FILE, PAGE, PICTURE, JOBS_FILE)
+"""In the folder of a study, beside its cells: results, and which jobs of SLURM train them."""
+LARGEST_INTEGER = 2**63 - 1
+"""Of what parquet holds; a column with larger ones is one of floats."""
 SUMMARY_FIGURES = (
     "val_accuracy",
     "val_loss",
@@ -136,8 +141,8 @@ def write_results(results: Results, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(record, indent=1)
         write_whole(folder / RECORD_FILE, text.encode(), synced=False)
-        write_whole(folder / "study.csv", _csv(columns).encode(), synced=False)
-        _write_parquet(columns, folder / "study.parquet")
+        write_whole(folder / CSV_FILE, _csv(columns).encode(errors="replace"), synced=False)
+        _write_parquet(columns, folder / PARQUET_FILE)
     except OSError as error:
         raise OutsideError(f"{folder}: cannot write the results: {error.strerror}") from error
 
@@ -185,8 +190,11 @@ def _of_one_type(items: list[Any]) -> list[Any]:
     """The items of a column, as JSON if they are neither numbers, nor texts, nor truth values."""
     kinds = {type(item) for item in items} - {type(None)}
     if kinds <= {int, float}:
-        return [float(item) if item is not None and float in kinds else item for item in items]
-    if kinds in ({str}, {bool}):
+        is_whole = float not in kinds and all(abs(n or 0) <= LARGEST_INTEGER for n in items)
+        return [item if item is None or is_whole else float(item) for item in items]
+    if kinds == {str}:
+        return [item and item.encode(errors="replace").decode() for item in items]
+    if kinds == {bool}:
         return items
     return [item if item is None else json.dumps(item) for item in items]
 

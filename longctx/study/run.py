@@ -5,18 +5,21 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from longctx.errors import OutsideError
 from longctx.launch.slurm import launch_file
 from longctx.orphans import signal_when_parent_dies
+from longctx.report.reading import as_number
 from longctx.study.design import Cell, Study
 from longctx.study.locks import locked
 from longctx.study.outcomes import ATTEMPTS, CONSOLE_FILE, Outcomes
-from longctx.study.report import PAGE, write_report
-from longctx.study.results import write_results
+from longctx.study.report import write_report
+from longctx.study.results import CSV_FILE, PAGE, write_results
 from longctx.train.run_directory import CONFIG_FILE, write_config
 from longctx.train.signals import StopRequest
 
@@ -89,9 +92,11 @@ class Runner:
     def _note(self, job: Job, stopped: bool) -> None:
         cell, outcomes = job.cell, self._outcomes
         outcomes.look(cell)
-        if job.process.returncode == 0 and (summary := outcomes.summary(cell)):
+        if summary := outcomes.summary(cell):
             self._trained += 1
-            said = f"accuracy {summary['val_accuracy']:.3f}, loss {summary['val_loss']:.4f}"
+            said = _figures(summary)
+            if job.process.returncode:
+                said += f" (it came to its end, and then {_reason(job)})"
         elif stopped:
             said = "interrupted; the same command goes on with it"
         else:
@@ -129,7 +134,7 @@ def run_study(study: Study, command: str) -> tuple[str, list[str]]:
         print(f"{len(study.cells)} cells{said_before(outcomes)}", flush=True)
         stopped_by = Runner(study, outcomes, lock).run()
         write_report(outcomes.results(), folder)
-    print(f"results in {folder}/{PAGE} and {folder}/study.csv", flush=True)
+    print(f"results in {folder}/{PAGE} and {folder}/{CSV_FILE}", flush=True)
     return stopped_by, [cell.name for cell in outcomes.with_status("failed")]
 
 
@@ -158,6 +163,13 @@ def _command(cell: Cell) -> list[str]:
     return ["bash", "-c", 'PATH=$0:$PATH exec "$@"', folder, *script]
 
 
+def _figures(summary: Mapping[str, Any]) -> str:
+    """What a cell came to, as far as its summary tells numbers."""
+    shown = (("accuracy", "val_accuracy", 3), ("loss", "val_loss", 4))
+    told = [(name, as_number(summary.get(key)), digits) for name, key, digits in shown]
+    return ", ".join(f"{n} {x:.{d}f}" for n, x, d in told if x is not None) or "no figures"
+
+
 def _duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
@@ -169,6 +181,9 @@ def _reason(job: Job) -> str:
     code = job.process.returncode
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     console = job.cell.settings.run.path / CONSOLE_FILE
-    lines = [line.strip() for line in console.read_text(errors="replace").splitlines()]
+    try:
+        lines = [line.strip() for line in console.read_text(errors="replace").splitlines()]
+    except OSError as error:
+        return f"{how}; {console}: {error.strerror}"
     last = next((line for line in reversed(lines) if line), "it said nothing")
     return f"{how}: {last}; all it said: {console}"

@@ -15,13 +15,11 @@ from longctx.launch.slurm import SlurmConfig, fill_in, set_options, submit
 from longctx.study.design import Cell, Study
 from longctx.study.locks import locked
 from longctx.study.outcomes import FAILURES_FILE, Outcomes
-from longctx.study.report import PAGE, write_report
-from longctx.study.results import write_results
+from longctx.study.report import write_report
+from longctx.study.results import JOBS_FILE, PAGE, write_results
 from longctx.study.run import forgive_if_asked, said_before
 from longctx.train.run_directory import CONFIG_FILE, write_config
 
-JOBS_FILE = "jobs.json"
-"""In the folder of a study: for each array that was submitted, its number and its cells."""
 QUEUE_SECONDS = 60
 COLLECT = "#!/usr/bin/env bash\n#SBATCH --ntasks=1\nexec {command}\n"
 
@@ -161,13 +159,14 @@ def _no_pattern(folder: Path) -> str:
 
 
 def _jobs(folder: Path) -> dict[str, list[str]]:
+    """Names of cells by the number of the array that trains them."""
     try:
-        jobs: dict[str, list[str]] = json.loads((folder / JOBS_FILE).read_text())
+        jobs = json.loads((folder / JOBS_FILE).read_text())
+        return {job: [str(cell) for cell in cells] for job, cells in jobs.items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise OutsideError(f"{folder / JOBS_FILE}: cannot read: {error}") from error
-    return jobs
 
 
 def _record(folder: Path, job: str, cells: Sequence[Cell]) -> None:

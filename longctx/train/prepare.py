@@ -12,7 +12,7 @@ from longctx.parallel import Split
 from longctx.parallel import resolve as resolve_split
 from longctx.parallel.mesh import is_first_here
 from longctx.train.determinism import check_deterministic
-from longctx.train.engines import settle_engine
+from longctx.train.engines import fit_engine, settle_engine
 from longctx.train.run_directory import open_run
 from longctx.train.settings import Settings
 
@@ -48,8 +48,11 @@ def prepare(settings: Settings, processes: int) -> Prepared:
     return Prepared(device, split, loaders, resumed, initial)
 
 
-def settle_mesh(settings: Settings, processes: int) -> Split:
-    """How this many processes share the work; InputError if they cannot, on whatever machine."""
+def settle_mesh(settings: Settings, processes: int, precision: str = "") -> Split:
+    """How this many processes share the work; InputError if they cannot, on whatever machine.
+
+    A precision that is open, there and in the settings, is one that suits.
+    """
     config = settings.train
     split = resolve_split(settings.parallel, settings.model.layers, processes, config.seq_len)
     if config.batch_size % split.dp:
@@ -57,7 +60,8 @@ def settle_mesh(settings: Settings, processes: int) -> Split:
             f"train.batch_size = {config.batch_size} is not a multiple of the {split.dp} replicas "
             "(processes / parallel.sp / parallel.tp)"
         )
-    return split
+    asked = "bf16" if config.precision == "auto" else config.precision
+    return fit_engine(settings, split, precision or asked)
 
 
 def _check_run_apart(settings: Settings) -> None:

@@ -29,8 +29,8 @@ def open_log(trainer: "Trainer") -> MetricsLog | SilentLog:
     log.info(
         f"{folder}: {trainer.num_parameters:,} parameters, {config.steps} steps of "
         f"{config.batch_size} x {config.seq_len} tokens, {trainer.precision} on "
-        f"{mesh.device.type}; MFU against {trainer.peak_flops / 1e9:,.0f} GFLOP/s a process "
-        f"({trainer.peak_source})"
+        f"{mesh.device.type}, {settings.memory}; MFU against {trainer.peak_flops / 1e9:,.0f} "
+        f"GFLOP/s a process ({trainer.peak_source})"
     )
     if mesh.size > 1:
         log.info(f"{mesh.size} processes: {split}")

@@ -45,11 +45,12 @@ def finished(settings: Settings) -> dict[str, Any] | None:
     if _run_before(settings) is None:
         return None
     try:
-        summary: dict[str, Any] = json.loads((settings.run.path / SUMMARY_FILE).read_text())
+        summary = json.loads((settings.run.path / SUMMARY_FILE).read_text())
     except (FileNotFoundError, ValueError):
         return None
+    step = summary.get("step") if isinstance(summary, dict) else None
     last = min(settings.train.stop_after or settings.train.steps, settings.train.steps)
-    return summary if summary.get("step", 0) >= last else None
+    return summary if isinstance(step, int) and step >= last else None
 
 
 def write_config(settings: Settings, tokenizer: Tokenizer | None = None) -> None:

@@ -24,7 +24,7 @@ class Progress:
 
 def start(trainer: "Trainer", resumed: Address | None, initial: Address | None) -> None:
     """Goes on from `resumed`, or begins with the weights of `initial`; all processes must have
-    found the same."""
+    found the same, and keep the same between their passes."""
     _agree_on(trainer, resumed or initial)
     if resumed:
         _resume(trainer, resumed)
@@ -34,12 +34,20 @@ def start(trainer: "Trainer", resumed: Address | None, initial: Address | None) 
 
 
 def _agree_on(trainer: "Trainer", start: Address | None) -> None:
-    found = trainer.crew.gather(str(start).encode()) if trainer.crew else []
-    if len(set(found)) > 1:
-        names = ", ".join(sorted({name.decode() for name in found}))
+    if not trainer.crew:
+        return
+    own = f"{start}\n{trainer.settings.memory}"
+    found = [text.decode().split("\n") for text in trainer.crew.gather(own.encode())]
+    starts, policies = (sorted({*each}) for each in zip(*found))
+    if len(starts) > 1:
         raise OutsideError(
             f"rank {trainer.mesh.rank}: processes see different checkpoints to start from "
-            f"({names}): wait until all hosts see the same folder, and start again"
+            f"({', '.join(starts)}): wait until all hosts see the same folder, and start again"
+        )
+    if len(policies) > 1:
+        raise InputError(
+            f"memory.checkpointing: processes would keep different things ({'; '.join(policies)}), "
+            "as on machines of different size with 'auto': set 'none', 'keep' or 'full'"
         )
 
 

@@ -100,7 +100,6 @@ def test_closing_ends_the_thread_whether_it_waits_or_reads():
         batches = prefetch(Reader(seconds), ahead=2)
         time.sleep(0.02)
         batches.close()
-        batches._thread.join(timeout=1)
         assert not batches._thread.is_alive()
         with pytest.raises(ValueError, match="closed"):
             batches.next()

@@ -29,6 +29,11 @@ BAD = {
         "batch_size = 2",
     ),
     "negative": (["tiny", "--tokens", "-1"], "must not be negative"),
+    "unknown kind of picture": (["tiny", "--picture", "plan.xyz"], "must end in .png"),
+    "vocabulary of one": (
+        [*SMALL, "--train.batch_size", "4", "--vocab_size", "1", "--parallel.tp", "2"],
+        "vocab_size = 1",
+    ),
     "no config": (["--cluster", "8xh100"], "needs a config file or preset"),
     "no tokenizer": (["tiny", "--data.tokenizer", "/nowhere.json"], "or give --vocab_size"),
     "unknown option": (["tiny", "--clutser", "8xh100"], "nearest: --cluster"),

@@ -128,6 +128,48 @@ def test_memory_that_host_and_device_share_is_counted_together():
 
 
 @pytest.mark.cluster
+@pytest.mark.parametrize(
+    ("node", "processes", "preset", "train", "way"),
+    [
+        (8, 64, "7b", (1 << 24, 2, 1), {"sp": 64, "stream": "ring", "checkpointing": "keep",
+                                        "mlp_tokens": 4096, "activations": "cpu"}),
+        (16, 16, "7b", (1 << 17, 32, 1), {"sp": 16, "heads": 2, "gather_heads": 1,
+                                          "weights": "bf16"}),
+        (8, 32, "kimi-linear", (1 << 18, 16, 1), {"sp": 32, "heads": 8, "stream": "ring",
+                                                  "weights": "bf16"}),
+    ],
+)  # fmt: skip
+def test_memory_that_another_way_for_keys_saves_is_used(node, processes, preset, train, way):
+    """Ways that only fit, or are only faster, with several choices made together."""
+    cluster = replace(CLUSTER, processes_per_node=node)
+    memory = ("checkpointing", "mlp_tokens", "activations")
+    sizes = dict(zip(("seq_len", "batch_size", "micro_batch"), train))
+    settings = changed(load_settings(preset), {f"train.{n}": size for n, size in sizes.items()})
+    best = search(settings, cluster, processes, 128256, "bf16")[0]
+    changes = {f"{'memory' if n in memory else 'parallel'}.{n}": v for n, v in way.items()}
+    other = Candidate(
+        workload(changed(settings, changes), processes, 128256, "bf16"), cluster, changes
+    )
+    assert best.fits
+    assert other.fits
+    assert best.time.total < 1.004 * other.time.total
+
+
+def test_sequences_of_a_pass_are_counted_when_memory_is_chosen():
+    """Short ones, so many that tiles pay."""
+    sizes = {"train.seq_len": 4096, "train.batch_size": 64, "train.micro_batch": 0}
+    chosen = choose_memory(
+        changed(SETTINGS, sizes), 1, VOCABULARY, "bf16", Room(1.0, 1.0, is_apart=False)
+    )
+    assert chosen.mlp_tokens == 4096
+
+
+def test_no_more_processes_share_a_vocabulary_than_it_has_tokens():
+    found = search(changed(SETTINGS, {"train.seq_len": 4096}), CLUSTER, 4, 2, "bf16")
+    assert max(each.work.split.tp for each in found) == 2
+
+
+@pytest.mark.cluster
 def test_a_giant_on_4096_processes_is_planned_in_seconds():
     giant = {"model.width": 16384, "model.depth": 126, "model.mlp_hidden": 53248}
     mixers = {

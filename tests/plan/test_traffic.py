@@ -52,6 +52,17 @@ def test_one_process_sends_nothing():
     assert traffic_of(work_of("tiny", 1), 0) == {}
 
 
+def test_a_last_pass_of_fewer_rows_has_documents_of_these_only():
+    work = replace(
+        work_of("lansa", 2, parallel__sp=2, train__batch_size=3, train__micro_batch=2),
+        documents=((0,), (0, 40)),
+    )
+    assert work.micro_rows == (2, 1)
+    assert [work.share(0, rows).documents for rows in work.micro_rows] == [
+        ((0,), (0, 40)), ((0,),),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("passes", [1, 2])
 def test_weights_come_twice_a_pass_and_once_outside_of_layers(passes):
     work = work_of("7b", 2, train__micro_batch=2 // passes)

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -49,6 +50,14 @@ def test_a_file_reads_the_same_at_once_and_line_by_line(two):
     for name, (steps, lists) in whole.lists.items():
         assert np.array_equal(steps, by_line.lists[name][0])
         assert lists == by_line.lists[name][1]
+
+
+def test_without_pyarrow_a_file_reads_the_same(two, monkeypatch):
+    whole = read_runs([str(two[0])])[0]
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    without = read_runs([str(two[0])])[0]
+    assert without.notes == []
+    assert without.series.keys() == whole.series.keys()
 
 
 def test_odd_metrics_do_no_harm(tmp_path):

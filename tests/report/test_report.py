@@ -16,7 +16,7 @@ from longctx.report.curves import Series, reach_of, smoothed, thinned
 from longctx.report.heat import draw_heat
 from longctx.report.page import render
 from longctx.report.reading import read_runs
-from longctx.report.scales import Scale, bounds, written
+from longctx.report.scales import Scale, bounds, told_apart, written
 from tests.report.made import make_run, row
 from tests.report.parsed import Page, charts
 
@@ -247,6 +247,24 @@ def test_numbers_are_written_for_people():
     assert bounds([1.0, 10.0], log=False, to_zero=True)[0] == 0
     assert bounds([5.0, 5.0], log=False) == (0.0, 6.0)
     assert bounds([4.0, 4.0], log=True)[0] < 4 < bounds([4.0, 4.0], log=True)[1]
+
+
+def test_numbers_of_an_axis_have_digits_enough_to_differ():
+    assert told_apart([2.001, 2.002]) == ["2.001", "2.002"]
+    assert told_apart([1000, 1500, 2000]) == ["1k", "1.5k", "2k"]
+    assert told_apart([2.0, 2.5]) == ["2", "2.5"]
+    assert told_apart([0.123, 0.1234], "percent") == ["12.3 %", "12.34 %"]
+
+
+def test_a_band_that_knows_nothing_does_not_squeeze_the_curves():
+    x = np.array([1.0, 2.0])
+    dots = Curve(0, "runs", Series(x, np.array([2.0, 3.0])), "dots")
+    wide = Chart("t", [dots], bands=[Band(0, x, np.array([1e-9, 2.0]), np.array([3.0, 1e30]))])
+    assert wide.ends_of_y() == (1.0, 4.0)
+    narrow = Chart("t", [dots], bands=[Band(0, x, np.array([1.9, 2.9]), np.array([2.1, 3.1]))])
+    assert narrow.ends_of_y() == (1.9, 3.1)
+    band = re.search(r' band" d="M([^"]*)Z"', draw(wide))[1]
+    assert all(-50 < float(pair.split(",")[1]) < 310 for pair in band.split())
 
 
 def test_steps_are_whole_numbers(tmp_path):

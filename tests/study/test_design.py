@@ -115,6 +115,9 @@ def test_names_too_long_for_a_file_system_are_shortened_and_stay_apart(write):
     names = [cell.name for cell in load_study(write(f"[study.variants.a]\n{pieces}")).cells]
     assert len(set(names)) == 3
     assert max(map(len, names)) < 255
+    cells = load_study(write(f'[study.variants.a]\n"{"日" * 110}" = {{}}\n')).cells
+    assert len(cells[0].name.encode()) < 255
+    assert cells[0].name.startswith("日" * 40)
 
 
 def test_a_cell_has_the_processes_of_its_parallel_table(write):
@@ -141,6 +144,12 @@ MISTAKES = {
     "no list": ("[study.grid]\nrun.seed = 3\n", "study.grid.run.seed = 3: expected a list"),
     "empty axis": ("[study.variants.task]\n", "axis task has no value"),
     "no table": ("[study.variants]\ntask = 3\n", "study.variants.task = 3: expected a table"),
+    "a date": ("[study.grid]\nrun.seed = [2024-01-01]\n", "datetime.date(2024, 1, 1): expected an"),
+    "a name that is a file": (
+        '[study.variants.a."study.html"]\n',
+        "'study.html': cannot be the name",
+    ),
+    "a line break in a name": ('[study.variants.a."b\\nc"]\n', r"'b\nc': cannot be the name"),
     "unknown field": (
         "[study.grid]\ntrain.stepz = [1]\n",
         "cell stepz1: train.stepz is not a known field; nearest: train.steps",
@@ -155,6 +164,10 @@ MISTAKES = {
     "three heads": (
         "[study.grid]\ntrain.batch_size = [3]\nparallel.dp = [2]\n",
         "cell batch_size3-dp2, on 2 processes (parallel.dp x sp x tp): train.batch_size = 3",
+    ),
+    "an engine that cannot": (
+        '[study.grid]\noptim.kind = ["muon"]\nparallel.engine = ["deepspeed"]\n',
+        "cell kindmuon-enginedeepspeed, on 1 processes (parallel.dp x sp x tp): optim.kind",
     ),
     "no cells": ("[study]\ncells = []\n", "axis cells has no value"),
     "cells that are no tables": ("[study]\ncells = [3]\n", "study.cells = [3]: expected tables"),
@@ -194,6 +207,10 @@ MISTAKES = {
     "own field": ('[study.grid]\nrun.dir = ["a"]\n', "run.dir is set by the study and by axis"),
     "slash": ('[study.variants.a]\n"x/y" = {}\n', "run.name = 'x/y': must be a plain file name"),
     "study field": ("[study]\nworkerz = 2\n[study.grid]\nrun.seed = [1]\n", "study.workerz"),
+    "no text": (
+        '[study]\nname = "a\\u0000"\n[study.grid]\nrun.seed = [1]\n',
+        r"name = 'a\x00': must be",
+    ),
     "workers": ("[study]\nworkers = 0\n[study.grid]\nrun.seed = [1]\n", "study.workers = 0"),
 }
 

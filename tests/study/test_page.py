@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -228,6 +229,23 @@ def test_lines_are_told_apart_by_what_changes_the_task_or_the_model_but_not_its_
         "parallel.sp": "processes",
     }
     assert {axis: kind_of(axis) for axis in kinds} == kinds
+
+
+def test_colours_mean_the_same_if_a_line_has_no_losses(tmp_path):
+    rows = []
+    for width in (32, 48, 64):
+        for rate in RATES:
+            loss = math.nan if width == 32 else 2.0
+            values = {"mixer": "linear", "model.width": width, "optim.lr": rate}
+            row = make_row(tmp_path, values, lambda _, loss=loss: loss)
+            write_run(row.run_dir, 20, 1e9, lambda _, loss=loss: loss)
+            rows.append(row)
+    html = page_of(Results("rates", "", tuple(rows[0].values), tuple(rows)))
+    chart = html[html.index("<h3>Learning rate") :]
+    for number, name in enumerate(("width 48", "width 64")):
+        assert f'<span class="key run run-{number}">{name}</span>' in chart
+        assert f'<path class="run run-{number} points" data-name="{name}"' in chart
+    assert "width 32: no loss that is a number" in chart
 
 
 def test_page_and_picture_are_written_beside_the_cells(study, tmp_path):

@@ -1,6 +1,7 @@
 import csv
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -77,6 +78,18 @@ def test_parquet_keeps_types_and_csv_is_the_same_table(results, tmp_path):
     assert rows[1]["val_loss"] == ""
     assert rows[0]["is_best"] == "true"
     assert rows[1]["optim.betas"] == "[0.9, 0.99]"
+
+
+def test_numbers_and_texts_that_parquet_does_not_hold_do_not_stop_a_study(results, tmp_path):
+    from pyarrow import parquet
+
+    rows = (results.rows[0], row(tmp_path, "b", ("kda", 2**64, [1], 24), error="\udcff is a name"))
+    write_results(replace(results, rows=rows), tmp_path)
+    columns = parquet.read_table(tmp_path / "study.parquet").to_pydict()
+    assert columns["optim.lr"] == [0.001, 2.0**64]
+    assert columns["error"] == ["", "? is a name"]
+    assert [type(n) for n in study_results._of_one_type([2**64, None])] == [float, type(None)]
+    assert read_results(tmp_path).rows[1].error == "\udcff is a name"
 
 
 def test_without_pyarrow_there_is_a_warning_and_a_csv(results, tmp_path, monkeypatch, capsys):

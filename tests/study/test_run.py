@@ -1,4 +1,5 @@
 import csv
+import errno
 import json
 import os
 import socket
@@ -26,7 +27,7 @@ run.seed = [0]
 
 # Plays a training: fails as often as a file says, or has its study stopped by a signal.
 STUB = """
-import json, os, signal, sys, time, tomllib
+import json, os, shutil, signal, sys, time, tomllib
 from pathlib import Path
 folder = Path(sys.argv[1]).parent
 with open(sys.argv[1], "rb") as file:
@@ -48,6 +49,11 @@ if (folder.parent / "stop").exists():
 figures = {"val_accuracy": 0.5, "val_loss": 1.25, "parameters": 10, "tokens": 20, "seconds": 2.0,
            "tokens_per_second": 10.0, "step": config["train"]["steps"]}
 (folder / "summary.json").write_text(json.dumps(figures))
+if (folder.parent / "gone").exists():
+    shutil.rmtree(folder)
+    sys.exit(3)
+if (folder.parent / "abort").exists():
+    os.abort()
 """
 
 
@@ -95,6 +101,37 @@ def test_a_cell_that_fails_once_is_tried_again(write, stub, capsys):
     assert starts(stub) == {"full-seed0": 2, "window-seed0": 1}
     assert [row["status"] for row in table(stub)] == ["done", "done"]
     assert "full-seed0: tried again after it failed (exit code 1: some" in capsys.readouterr().out
+
+
+def test_a_cell_that_came_to_its_end_is_done_however_its_process_ends(write, stub, capsys):
+    (stub / "abort").touch()
+    assert main(["study", write(AXES)]) == 0
+    assert starts(stub) == {"full-seed0": 1, "window-seed0": 1}
+    assert [(row["status"], row["attempts"]) for row in table(stub)] == [("done", "1")] * 2
+    assert "it came to its end, and then signal SIGABRT: the stub" in capsys.readouterr().out
+
+
+def test_a_cell_whose_folder_is_taken_away_has_failed_and_is_tried_once_more(write, stub, capsys):
+    (stub / "gone").touch()
+    assert main(["study", write(AXES)]) == 1
+    assert capsys.readouterr().out.count("failed (exit code 3; ") == 4
+    assert [(row["status"], row["attempts"]) for row in table(stub)] == [("failed", "2")] * 2
+    assert len((stub / "full-seed0" / "failures.txt").read_text().splitlines()) == 2
+    (stub / "gone").unlink()
+    assert main(["study", write(AXES), "--study.retry_failed", "true"]) == 0
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '{"step": null}', '{"step": 4}'])
+def test_a_summary_without_what_it_should_have_stops_no_study(text, write):
+    cell = load_study(write(AXES)).cells[0]
+    write_config(cell.settings)
+    (cell.settings.run.path / "summary.json").write_text(text)
+    outcomes = Outcomes(load_study(write(AXES)), "")
+    assert outcomes.status(cell) == ("done" if "4" in text else "not run")
+    assert study_run._figures({"val_loss": None, "val_accuracy": "x"}) == "no figures"
+    assert (
+        study_run._figures({"val_loss": 1.25, "val_accuracy": 0.5}) == "accuracy 0.500, loss 1.2500"
+    )
 
 
 def test_a_cell_that_fails_twice_is_recorded_and_the_others_are_run(write, stub, capsys):
@@ -157,6 +194,16 @@ def test_a_second_study_in_a_folder_is_refused_and_told_which_is_there(
     assert said.count("\n") == 1
     assert not starts(stub)
     assert main(["study", write(AXES)]) == 0
+
+
+def test_a_full_disk_is_one_line(write, stub, capsys, monkeypatch):
+    def refuse(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    assert main(["study", write(AXES)]) == 1
+    assert capsys.readouterr().err == f"longctx: {stub}: cannot write: No space left on device\n"
+    assert not starts(stub)
 
 
 def test_a_study_waits_for_cells_that_one_that_was_killed_left_behind(write, stub, capsys):

@@ -165,6 +165,14 @@ def test_where_squeue_is_not_jobs_are_taken_as_ended(write, out, capsys, monkeyp
     assert captured.out.startswith("4 cells: 4 not run")
 
 
+@pytest.mark.parametrize("text", ["", "[1]", '{"7": 3}', "3"])
+def test_a_damaged_list_of_jobs_is_one_line(text, write, out, capsys):
+    out.mkdir()
+    (out / "jobs.json").write_text(text)
+    assert main(["study", write(AXES), "--submit"]) == 1
+    assert capsys.readouterr().err.startswith(f"longctx: {out}/jobs.json: cannot read: ")
+
+
 def test_a_refusal_of_squeue_or_sbatch_is_one_line(write, out, capsys):
     file = write(AXES)
     (out.parent / "bin" / "sbatch").write_text("#!/bin/bash\necho no account >&2\nexit 1\n")

@@ -2,13 +2,13 @@
 
 import importlib
 import math
-import os
 import warnings
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from longctx.checkpoint import open_checkpoint
@@ -19,6 +19,7 @@ from longctx.model.matrices import HiddenMatrix, hidden_matrices
 from longctx.parallel import Mesh, ParallelConfig, resolve
 from longctx.parallel.box import Box
 from longctx.parallel.matrices import Matrix, Seat, deal, matrices_traffic, spread
+from longctx.parallel.megatron import drop_tensor_groups
 from longctx.parallel.muon import MUON, Wholes, orthogonalised
 from longctx.parallel.tensor_parallel import split_decoder
 from longctx.sequence.ledger import Traffic
@@ -27,7 +28,8 @@ from longctx.train.optim import OptimConfig, build_optimizer
 from longctx.train.prepare import prepare
 from longctx.train.settings import Settings
 from longctx.train.trainer import train
-from tests.train.processes import free_port, run, run_work
+from tests.dist import run_gloo
+from tests.train.processes import run
 
 VOCABULARY = 61
 STEPS = 3
@@ -83,7 +85,11 @@ def small(precision: str = "fp64", place: str = "device", **parallel) -> Setting
 def course(settings: Settings, processes: int) -> tuple[dict, list[Box], Mesh]:
     """Losses and norms of a few steps, what this process would save, and its mesh."""
     split = resolve(settings.parallel, settings.model.layers, processes, 32)
-    mesh = Mesh(settle_engine(settings, split), torch.device("cpu"), 60)
+    split = settle_engine(settings, split)
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.is_initialized():  # all cases of a test share a group
+            patch.setattr(dist, "init_process_group", lambda *_, **__: None)
+        mesh = Mesh(split, torch.device("cpu"), 60)
     engine = build_engine(settings, VOCABULARY, mesh)
     tokens = torch.randint(VOCABULARY, (4, 33), generator=torch.Generator().manual_seed(1))
     rows = 4 // mesh.split.dp
@@ -106,11 +112,9 @@ def check_cases(ranks: int, cases: dict[str, dict]) -> None:
     expected, boxes, _ = course(small(), 1)
     whole = {box.name: box.tensor for box in boxes}
     matrices = hidden_matrices(Decoder(small().model, VOCABULARY))
-    ports = [free_port() for _ in cases]
 
     def work(_rank: int) -> None:
-        for port, (name, parallel) in zip(ports, cases.items()):
-            os.environ["MASTER_PORT"] = str(port)
+        for name, parallel in cases.items():
             figures, own, mesh = course(small(**parallel), ranks)
             for figure, value in expected.items():
                 assert abs(figures[figure] - value) < 1e-10, (name, figure)
@@ -122,9 +126,10 @@ def check_cases(ranks: int, cases: dict[str, dict]) -> None:
             held = torch.tensor(float(sum(box.tensor.numel() for box in own)))
             assert mesh.sum_over_all(held, "test") == sum(x.numel() for x in whole.values())
             check_traffic(matrices, mesh)
-            mesh.close()
+            if mesh.tensor_group:
+                drop_tensor_groups()
 
-    run_work(ranks, work)
+    run_gloo(ranks, work)
 
 
 def check_traffic(matrices: dict[str, HiddenMatrix], mesh: Mesh) -> None:
