@@ -48,7 +48,7 @@ MIXERS = {
     | {"shared_heads": 2, "router_noise": 0.5},
     "moh, all routed": {"kind": "moh", "inner": GROUPED, "shared_heads": 0},
     "lte": {"kind": "lte", "num_heads": 4, "num_kv_heads": 2, "capacity": 8, "window": 9},
-    "lte, one key": {"kind": "lte", "num_heads": 4, "num_kv_heads": 1, "capacity": 33}
+    "lte, one key": {"kind": "lte", "num_heads": 4, "num_kv_heads": 1, "capacity": 60}
     | {"window": 30, "gate": "sigmoid", "qk_norm": False, "rope_fraction": 0.5},
     "nsa": BLOCKS | {"block": 16, "compress_block": 16, "compress_stride": 8, "window": 32},
     "nsa, means": BLOCKS

@@ -32,13 +32,6 @@ class Found(NamedTuple):
     predicted: dict[str, int]
     counted: dict[str, int]
 
-    @property
-    def error(self) -> float:
-        """Of weights, optimizer state and what is kept between the passes, relative."""
-        names = ("weights", "optimizer", "activations")
-        wanted = sum(self.counted[name] for name in names)
-        return abs(sum(self.predicted[name] for name in names) / wanted - 1)
-
 
 def work_of(name: str, ranks: int, policy: str, **table: Any) -> Workload:
     """A preset at a tiny size on so many processes, a layer of each letter and the first once more;

@@ -49,6 +49,20 @@ def different(ranks: int, policies: list[str], **table) -> list[tuple[str, Workl
     return list(found.values())
 
 
+def fresh(works: list[tuple[str, Workload]]) -> list[tuple[str, Workload]]:
+    """Those with a layer that none before them has."""
+    known: set[str] = set()
+    found = []
+    for what, work in works:
+        model = work.settings.model
+        layers = {
+            repr((model.mixers.get(a), a in model.without_mlp, model.mlp)) for a in model.letters
+        }
+        found += [(what, work)] if layers - known else []
+        known |= layers
+    return found
+
+
 def some(names: str, ranks: int, policy: str, **table) -> list[tuple[str, Workload]]:
     """Named presets."""
     return [(f"{n} {policy} {table}", work_of(n, ranks, policy, **table)) for n in names.split()]
@@ -57,18 +71,17 @@ def some(names: str, ranks: int, policy: str, **table) -> list[tuple[str, Worklo
 def agreed(ranks: int, works: list[tuple[str, Workload]]) -> None:
     for rank, found in enumerate(run_gloo(ranks, count, works, timeout=200)):
         for each in found:
-            assert each.error < 0.02, (rank, each)
-            for name in ("weights", "optimizer"):
-                assert each.predicted[name] == each.counted[name], (rank, each)
+            assert each.predicted == each.counted, (rank, each.what)
 
 
 @pytest.mark.cluster
 @pytest.mark.alone
 @pytest.mark.parametrize(
-    ("ranks", "policies"), [(1, ["none", "keep", "full"]), (2, ["none", "keep"]), (4, ["none"])]
+    ("ranks", "policies"), [(1, ["none", "keep", "full"]), (2, ["keep"]), (4, ["none"])]
 )
 def test_what_processes_hold_of_any_preset_is_as_predicted(ranks, policies):
-    agreed(ranks, different(ranks, policies))
+    works = different(ranks, policies)
+    agreed(ranks, fresh(works) if ranks == 4 else works)
 
 
 @pytest.mark.cluster

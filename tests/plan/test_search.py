@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from longctx.config import apply_overrides
+from longctx.mixers.moba import MoBAConfig
 from longctx.plan.choices import changed, divisors, meshes
 from longctx.plan.clusters import GIB, load_cluster
 from longctx.plan.longest import longest
@@ -187,6 +188,8 @@ def test_a_giant_on_4096_processes_is_planned_in_seconds():
 @pytest.mark.cluster
 def test_layers_that_are_run_are_exact_at_the_end():
     settings = changed(load_settings("tiny"), {"train.seq_len": 65536, "train.batch_size": 4})
+    mixers = settings.model.mixers | {"S": MoBAConfig(num_heads=4)}
+    settings = changed(settings, {"model.mixers": mixers})
     candidates = search(settings, CLUSTER, 2, 512, "bf16")
     assert candidates[0].stand_in is None
     assert candidates[0].fits

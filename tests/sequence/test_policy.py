@@ -78,6 +78,15 @@ def test_wanted_are_the_keys_that_some_query_sees(policy):
         assert torch.equal(wanted, expected[:, start:stop, :start].any(1)), (start, stop)
 
 
+@pytest.mark.parametrize("policy", [p for p in DEFINITIONS if isinstance(p, Lifetime)], ids=str)
+def test_keys_are_counted_that_later_queries_see(policy):
+    expected = mask(policy)
+    for start, stop in ((0, 5), (2, 3), (13, 29), (40, 40)):
+        for later in ([], [stop, stop + 1], [stop + 3, stop + 9, LENGTH - 1]):
+            found = policy.outliving(start, stop, torch.tensor(later, dtype=torch.int64))
+            assert found == expected[:, later, start:stop].sum(), (start, stop, later)
+
+
 @policies
 def test_keys_with_lifetimes_never_come_back(policy):
     """What lets a cache forget them; patterns of blocks make no such promise."""
