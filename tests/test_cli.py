@@ -7,7 +7,7 @@ from longctx.cli import main
 
 MISTAKES = {
     "unknown command": (["trane", "tiny"], "'trane' is no command"),
-    "missing config": (["train", "nowhere.toml"], "nowhere.toml: no such config file or preset"),
+    "missing config": (["train", "nowhere.toml"], "nowhere.toml: no such file or preset"),
     "no config": (["train"], "longctx train needs a config file or preset"),
     "unknown key": (["train", "tiny", "--train.stepz", "1"], "nearest: --train.steps"),
     "wrong type": (["train", "tiny", "--train.steps", "ten"], "train.steps"),

@@ -47,14 +47,14 @@ def longest(work: Workload) -> tuple[int, Memory, str]:
     device, host = cluster("8xh100").memory_gib * GIB, HOST_BYTES / min(work.processes, 8)
 
     def lacking(tokens: int) -> str:
-        found = memory_of(work.shorter(tokens), 0)
+        found = memory_of(work.with_length(tokens), 0)
         return "device" * (found.device > device) or "host" * (found.host > host)
 
     low, high = LEAST, MOST
     while high - low > max(STEP, low // 64):
         middle = (low + high) // 2 // STEP * STEP
         low, high = (low, middle) if lacking(middle) else (middle, high)
-    return low, memory_of(work.shorter(low), 0), lacking(high)
+    return low, memory_of(work.with_length(low), 0), lacking(high)
 
 
 def table(published: dict[int, int]) -> str:

@@ -2,10 +2,9 @@
 
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
-from longctx.config import decode, load_table
+from longctx.config import decode, find_config, load_table
 from longctx.config.names import suggest
 from longctx.errors import InputError
 from longctx.sequence.expected import WIDTHS
@@ -187,21 +186,5 @@ def _known(table: str, name: str, names: tuple[str, ...]) -> None:
 
 def load_cluster(name: str) -> ClusterConfig:
     """Reads a cluster's file, or the packaged one of that name."""
-    path = Path(name)
-    if not path.exists() and path.parent == Path() and (packaged := _packaged().get(path.stem)):
-        path = packaged
-    if not path.is_file():
-        raise InputError(
-            f"{name}: no such cluster file or cluster (clusters: {', '.join(_packaged())}); "
-            "longctx doctor --measure writes one for this machine"
-        )
+    path = find_config(name, "cluster")
     return decode(ClusterConfig, load_table(path), file=str(path))
-
-
-def _packaged() -> dict[str, Path]:
-    """Clusters by name: inside the installed package, or beside it in a source checkout."""
-    package = Path(__file__).parents[1]
-    folder = package / "configs" / "clusters"
-    if not folder.is_dir():
-        folder = package.parent / "configs" / "clusters"
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}

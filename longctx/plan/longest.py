@@ -25,7 +25,7 @@ def longest(ways: Sequence[Workload], room: Room) -> tuple[int, Workload | None]
     for work in ways:
         tokens = _longest(work, room, best[0])
         if tokens > best[0]:
-            best = tokens, work.shorter(tokens)
+            best = tokens, work.with_length(tokens)
     return best
 
 
@@ -34,7 +34,7 @@ def _longest(work: Workload, room: Room, floor: int) -> int:
 
     def fits(tokens: int) -> bool:
         try:
-            return not room.lacks(largest_memory(work.shorter(tokens), room.is_apart))
+            return not room.lacks(largest_memory(work.with_length(tokens), room.is_apart))
         except InputError:  # too short for a layer, a task or so many parts
             return False
 

@@ -56,7 +56,7 @@ class Workload:
         """The largest pass of that rank."""
         return Batch(max(self.micro_rows), self.placement.lengths[rank], self.precision)
 
-    def shorter(self, seq_len: int) -> "Workload":
+    def with_length(self, seq_len: int) -> "Workload":
         """The same with sequences of another length."""
         train = replace(self.settings.train, seq_len=seq_len)
         settings = replace(self.settings, train=train)

@@ -15,7 +15,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
-from longctx.config import apply_overrides, decode, flatten, load_table, merge, to_toml
+from longctx.config import apply_overrides, decode, find_config, flatten, load_table, merge, to_toml
 from longctx.config.names import suggest
 from longctx.errors import InputError
 from longctx.launch.slurm import SlurmConfig
@@ -110,7 +110,7 @@ class Study:
 def load_study(name: str | Path, argv: Sequence[str] = ()) -> Study:
     """Reads a study file, or the packaged one of that name, and checks every cell, so that nothing
     starts if one is a mistake."""
-    path = _find(name)
+    path = find_config(name, "study")
     table = load_table(path)
     own = table.pop("study", None)
     if not isinstance(own, dict):
@@ -188,22 +188,3 @@ def _check_apart(cells: Sequence[Cell]) -> None:
                 f"cells {twin} and {cell.name} are the same run; leave out one of them"
             )
         runs[fields] = cell.name
-
-
-def _find(name: str | Path) -> Path:
-    """The file, or the packaged study of that name."""
-    path, packaged = Path(name), _packaged()
-    if not path.exists() and path.parent == Path() and path.stem in packaged:
-        return packaged[path.stem]
-    if not path.exists() and not path.suffix and path.parent == Path():
-        raise InputError(f"{name}: no such study file or study (studies: {', '.join(packaged)})")
-    return path
-
-
-def _packaged() -> dict[str, Path]:
-    """Studies by name: inside the installed package, or beside it in a source checkout."""
-    package = Path(__file__).parents[1]
-    folder = package / "configs" / "studies"
-    if not folder.is_dir():
-        folder = package.parent / "configs" / "studies"
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from longctx.checkpoint import Address, CheckpointConfig
-from longctx.config import decode, load_table
+from longctx.config import decode, find_config, load_table
 from longctx.data import DataConfig
 from longctx.errors import InputError
 from longctx.model.decoder import ModelConfig
@@ -154,20 +154,5 @@ MAY_CHANGE = (
 
 def load_settings(name: str) -> Settings:
     """Reads a config file, or the packaged preset of that name."""
-    path = Path(name)
-    if not path.exists() and path.parent == Path() and (preset := _presets().get(path.stem)):
-        path = preset
-    if not path.is_file():
-        raise InputError(
-            f"{name}: no such config file or preset (presets: {', '.join(_presets())})"
-        )
+    path = find_config(name, "preset")
     return decode(Settings, load_table(path), file=str(path))
-
-
-def _presets() -> dict[str, Path]:
-    """Presets by name: inside the installed package, or beside it in a source checkout."""
-    package = Path(__file__).parents[1]
-    folder = package / "configs"
-    if not folder.is_dir():
-        folder = package.parent / "configs"
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}

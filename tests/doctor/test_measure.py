@@ -115,7 +115,7 @@ def test_a_problem_is_exit_code_1(tmp_path, capsys, monkeypatch):
     ("argv", "words"),
     [
         (["--outptu", "x"], "nearest: --output"),
-        (["nowhere.toml"], "no such config file or preset"),
+        (["nowhere.toml"], "no such file or preset"),
         (["--timeout_seconds", "0"], "must be at least 1"),
         (["--measure", "--output", "no/such/file.toml"], "folder is not there"),
     ],

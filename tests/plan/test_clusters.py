@@ -105,7 +105,7 @@ def test_a_wrong_file_is_told_in_one_line_that_names_it_and_the_field(right, tmp
 
 
 def test_a_name_that_nothing_has_is_told_with_those_there_are():
-    with pytest.raises(InputError, match=r"nowhere: no such cluster file .*8xh100.*--measure"):
+    with pytest.raises(InputError, match=r"nowhere: no such file or cluster .*8xh100"):
         load_cluster("nowhere")
 
 

@@ -112,7 +112,7 @@ def test_the_longest_sequence_fits_and_a_longer_one_does_not():
     assert found is not None
     assert tokens == found.settings.train.seq_len
     assert not room.lacks(largest_memory(found, True))
-    assert room.lacks(largest_memory(work.shorter(int(tokens * 1.04)), True))
+    assert room.lacks(largest_memory(work.with_length(int(tokens * 1.04)), True))
     assert longest([work], Room(1.0, 1.0)) == (0, None)
     half, _ = longest([work], room._replace(device=room.device / 2))
     assert 0 < half < tokens
