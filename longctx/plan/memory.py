@@ -43,19 +43,15 @@ class Memory:
     checkpointing, what is left of a whole layer counts as its mixer's."""
     moment: str
     """When most is in use: forward, loss, backward or update."""
-    at_peak: Parts
-    """Then on the device, by component."""
+    parts: Parts
+    """Then on the device, by component; their sum is `device`."""
     on_host: Parts
     """By component; none of it is on the device."""
-
-    def parts(self) -> Parts:
-        """Components of the peak on the device; their sum is `device`."""
-        return self.at_peak
 
     @property
     def device(self) -> int:
         """The peak on the device."""
-        return sum(self.at_peak.values())
+        return sum(self.parts.values())
 
     @property
     def host(self) -> int:

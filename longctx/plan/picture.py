@@ -77,7 +77,7 @@ def _name(candidate: Candidate) -> str:
 
 
 def _memory(candidate: Candidate) -> dict[str, float]:
-    return {name: size / GIB for name, size in candidate.memory.parts().items() if size}
+    return {name: size / GIB for name, size in candidate.memory.parts.items() if size}
 
 
 def _time(candidate: Candidate) -> dict[str, float]:

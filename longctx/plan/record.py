@@ -81,7 +81,7 @@ def _candidate(candidate: Candidate | None, tokens: int) -> dict[str, Any] | Non
 
 def _memory(memory: Memory) -> dict[str, Any]:
     return {
-        "parts": memory.parts(),
+        "parts": memory.parts,
         "moment": memory.moment,
         "activations": memory.activations,
         "device": memory.device,

@@ -138,7 +138,7 @@ def _choice(candidate: Candidate) -> dict[str, str]:
 
 def _memory(candidate: Candidate) -> dict[str, str]:
     memory = candidate.memory
-    rows = {name: gib(size) for name, size in memory.parts().items() if size}
+    rows = {name: gib(size) for name, size in memory.parts.items() if size}
     rows["all, at the peak"] = gib(memory.device) + ("" if candidate.fits else " DOES NOT FIT")
     rows["which is in"] = memory.moment
     return rows | ({"on the host": gib(memory.host)} if memory.host else {})

@@ -138,18 +138,18 @@ def test_what_waits_on_the_host_is_not_on_the_device():
     assert there.device < here.device
     assert there.on_host.keys() == {"weights", "optimizer", "gradients", "activations"}
     assert there.on_host["weights"] == there.weights == here.weights
-    assert {"weights", "optimizer"}.isdisjoint(there.parts())
+    assert {"weights", "optimizer"}.isdisjoint(there.parts)
     assert here.host == 0
 
 
 def test_components_add_up_to_the_peak():
     found: Memory = memory_of(large(64), 0)
-    assert sum(found.parts().values()) == found.device
-    assert found.parts()["optimizer"] == found.optimizer
+    assert sum(found.parts.values()) == found.device
+    assert found.parts["optimizer"] == found.optimizer
     assert found.moment in ("forward", "loss", "backward", "update")
     assert found.activations.keys() >= {"linear", "softmax", "head"}
-    assert "allocator slack" in found.parts()
-    assert "allocator slack" not in memory_of(large(64), 0, on_gpu=False).parts()
+    assert "allocator slack" in found.parts
+    assert "allocator slack" not in memory_of(large(64), 0, on_gpu=False).parts
 
 
 def test_stages_of_zero_spread_more_and_more():
