@@ -141,7 +141,7 @@ def generate(argv: list[str]) -> int:
 
 
 def study(argv: list[str]) -> int:
-    """FILE [--submit|--collect] [--study.workers N ...]: train every cell, or what is left of it"""
+    """FILE [--submit [--dry-run]|--collect] [--study.workers N ...]: train what is left"""
     from longctx.config import apply_overrides
     from longctx.parallel.mesh import world_size
     from longctx.study.command import study_command

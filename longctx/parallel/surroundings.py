@@ -5,6 +5,10 @@ import os
 from contextlib import suppress
 from typing import NamedTuple
 
+import torch
+
+VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
+
 
 class SlurmJob(NamedTuple):
     """The job that this process runs in."""
@@ -44,3 +48,10 @@ def has_wandb_key() -> bool:
 def network_interface() -> str:
     """Through which gloo or NCCL is told to speak, empty if neither is."""
     return os.environ.get("GLOO_SOCKET_IFNAME") or os.environ.get("NCCL_SOCKET_IFNAME", "")
+
+
+def visible_gpus() -> tuple[str, ...]:
+    """What VISIBLE_GPUS calls the GPUs that this process may use."""
+    count = torch.cuda.device_count()
+    given = os.environ.get(VISIBLE_GPUS)
+    return tuple(given.split(",") if given else map(str, range(count)))[:count]

@@ -8,7 +8,7 @@ from longctx.parallel import Split
 from longctx.sequence.expected import WIDTHS, Share
 from longctx.sequence.placement import Placement
 from longctx.sequence.plan import Documents
-from longctx.train.prepare import settle_mesh
+from longctx.train.prepare import check_vocabulary, settle_mesh
 from longctx.train.settings import Settings
 
 
@@ -68,9 +68,5 @@ def workload(settings: Settings, processes: int, vocab_size: int, precision: str
     if vocab_size < 1:
         raise InputError(f"vocab_size = {vocab_size}: must be at least 1")
     split = settle_mesh(settings, processes, precision)
-    if vocab_size < split.tp:
-        raise InputError(
-            f"vocab_size = {vocab_size}: fewer than the {split.tp} processes that share it; set "
-            f"parallel.tp to at most {vocab_size}"
-        )
+    check_vocabulary(vocab_size, split)
     return Workload(settings, split, vocab_size, precision)

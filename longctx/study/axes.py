@@ -13,6 +13,16 @@ from longctx.study.results import COLUMNS
 Table = dict[str, Any]
 TABLES = ("cells", "variants", "grid")
 """Tables of `[study]` that hold axes, in the order of the axes."""
+KINDS = {
+    "size": {"width", "depth", "size", "sizes", "scale", "parameters"},
+    "rate": {"lr", "learning_rate", "rate"},
+    "seed": {"seed", "seeds"},
+    "length": {"seq_len", "length", "lengths", "context"},
+    "tokens": {"steps", "stop_after", "tokens", "duration"},
+    "batch": {"batch_size", "micro_batch", "batch"},
+    "processes": {"dp", "sp", "tp", "processes", "ranks"},
+}
+"""What axes are about by the last part of their names; others tell models or tasks apart."""
 LONGEST_LABEL = 40
 PLAIN = re.compile(r"[\w.+-]+", re.ASCII)
 """Texts that stay as they are in the name of a folder; others become a number made of them."""
@@ -53,6 +63,12 @@ def read_axes(own: Table) -> dict[str, Axis]:
         )
     _check_fields(axes)
     return axes
+
+
+def kind_of(axis: str) -> str:
+    """What an axis is about, or nothing of KINDS."""
+    last = axis.rpartition(".")[2].lower()
+    return next((kind for kind, names in KINDS.items() if last in names), "")
 
 
 def leaves(table: Table, path: str = "") -> Iterator[tuple[str, Any]]:

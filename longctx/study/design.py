@@ -33,7 +33,8 @@ class BestConfig:
     """The `[study.best]` table: axes that are swept, of whose values only the best counts."""
 
     over: tuple[str, ...] = ()
-    """Axes that are swept, such as optim.lr: for each combination of the others, a cell is best."""
+    """Axes that are swept, such as optim.lr: for each combination of the others, one of their
+    values is best, by the mean over seeds."""
     by: Literal["val_loss", "val_accuracy"] = "val_loss"
     """The figure by which a cell is best: the smallest loss or the largest accuracy."""
 
@@ -47,8 +48,8 @@ class StudyConfig:
     dir: str = ""
     """Folder of the results and of a run directory a cell; empty means runs/<name>."""
     workers: int = 1
-    """Processes that train at a time, each with one thread. A cell takes parallel.dp x sp x tp of
-    them; one that needs more runs alone."""
+    """Processes that train at a time, each with one thread and a GPU, as far as there are any. A
+    cell takes parallel.dp x sp x tp of them; one that needs more runs alone."""
     retry_failed: bool = False
     """Try cells again that failed twice; else they are left as they are."""
     plot: Literal["val_accuracy", "val_loss"] = "val_accuracy"

@@ -1,10 +1,11 @@
 """What became of the cells, as their run directories tell it, wherever they were trained."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from longctx.errors import OutsideError
 from longctx.report.reading import as_number
+from longctx.study.axes import kind_of
 from longctx.study.design import Cell, Study
 from longctx.study.results import Results, Row
 from longctx.train.run_directory import finished, write_config
@@ -115,22 +116,31 @@ class Outcomes:
         )
 
     def _best(self, statuses: dict[str, str]) -> set[str]:
-        """Names of the best cells, where every cell that could be better is over."""
-        config = self._study.config.best
-        if not config.over:
+        """Names of the best cells, where every cell that could be better is over. What is swept is
+        judged by the mean over seeds, first of all by how many of them it brought to an end."""
+        sweep = self._study.config.best
+        if not sweep.over:
             return set()
-        groups: dict[str, list[Cell]] = {}
+        groups: dict[str, dict[str, list[Cell]]] = {}
         for cell in self._study.cells:
-            rest = {axis: v for axis, v in cell.values.items() if axis not in config.over}
-            groups.setdefault(repr(rest), []).append(cell)
+            rest = {axis: v for axis, v in cell.values.items() if axis not in sweep.over}
+            apart = repr({axis: v for axis, v in rest.items() if kind_of(axis) != "seed"})
+            swept = repr([cell.values[axis] for axis in sweep.over])
+            groups.setdefault(apart, {}).setdefault(swept, []).append(cell)
         best = set()
-        for cells in groups.values():
-            figures = {
-                cell.name: figure
-                for cell in cells
-                if (figure := as_number(self._summaries[cell.name].get(config.by))) is not None
-            }
-            if figures and all(statuses[cell.name] in ("done", "failed") for cell in cells):
-                choose = min if config.by == "val_loss" else max
-                best.add(choose(figures, key=figures.__getitem__))
+        for choices in groups.values():
+            cells = [cell for each in choices.values() for cell in each]
+            if all(statuses[cell.name] in ("done", "failed") for cell in cells):
+                best |= set(max(map(self._figures, choices.values()), key=self._rank))
         return best
+
+    def _figures(self, cells: Sequence[Cell]) -> dict[str, float]:
+        """By which each of these cells is better or worse, of those that have it."""
+        name = self._study.config.best.by
+        told = {cell.name: as_number(self._summaries[cell.name].get(name)) for cell in cells}
+        return {cell: figure for cell, figure in told.items() if figure is not None}
+
+    def _rank(self, figures: dict[str, float]) -> tuple[int, float]:
+        """Larger for what is better."""
+        mean = sum(figures.values()) / max(1, len(figures))
+        return len(figures), -mean if self._study.config.best.by == "val_loss" else mean

@@ -9,19 +9,10 @@ import numpy as np
 
 from longctx.report.curves import Series
 from longctx.report.reading import Run, as_number, read_runs
+from longctx.study.axes import KINDS, kind_of
 from longctx.study.results import Results, Row
 from longctx.train.run_directory import CONFIG_FILE
 
-KINDS = {
-    "size": {"width", "depth", "size", "sizes", "scale", "parameters"},
-    "rate": {"lr", "learning_rate", "rate"},
-    "seed": {"seed", "seeds"},
-    "length": {"seq_len", "length", "lengths", "context"},
-    "tokens": {"steps", "stop_after", "tokens", "duration"},
-    "batch": {"batch_size", "micro_batch", "batch"},
-    "processes": {"dp", "sp", "tp", "processes", "ranks"},
-}
-"""What axes are about by the last part of their names; others tell models or tasks apart."""
 SAME_TASK = tuple(kind for kind in KINDS if kind != "length")
 """Kinds of axes whose values do not change what a model is asked for."""
 SETTLING = 2
@@ -134,12 +125,6 @@ def read_points(results: Results) -> Points:
     best = tuple(point for point in found if point.row.is_best) if results.over else found
     unread = tuple(row.name for row in done if row not in there)
     return Points(results, found, best, unread)
-
-
-def kind_of(axis: str) -> str:
-    """What an axis is about, or nothing of KINDS."""
-    last = axis.rpartition(".")[2].lower()
-    return next((kind for kind, names in KINDS.items() if last in names), "")
 
 
 def known(

@@ -62,7 +62,7 @@ class Row:
     error: str
     """How the last attempt that failed ended, and the last thing it said; empty if none failed."""
     is_best: bool
-    """Best along `Results.over` at its values of the other axes, once all of these are over."""
+    """Best along `Results.over` at its values of the other axes but seeds, once all are over."""
     processes: int
     """Processes that train it."""
     config: dict[str, Any]

@@ -14,8 +14,10 @@ from typing import Any
 from longctx.errors import OutsideError
 from longctx.launch.slurm import launch_file
 from longctx.orphans import signal_when_parent_dies
+from longctx.parallel.surroundings import VISIBLE_GPUS, visible_gpus
 from longctx.report.reading import as_number
 from longctx.study.design import Cell, Study
+from longctx.study.gpus import Gpus
 from longctx.study.locks import locked
 from longctx.study.outcomes import ATTEMPTS, CONSOLE_FILE, Outcomes
 from longctx.study.report import write_report
@@ -34,6 +36,7 @@ class Job:
 
     cell: Cell
     process: subprocess.Popen
+    gpus: tuple[str, ...] = ()
 
 
 class Runner:
@@ -42,6 +45,7 @@ class Runner:
     def __init__(self, study: Study, outcomes: Outcomes, lock: int):
         self._study, self._outcomes, self._lock = study, outcomes, lock
         self._running: list[Job] = []
+        self._gpus = Gpus(visible_gpus())
         self._waiting = deque(
             cell for cell in study.cells if outcomes.status(cell) in ("not run", "interrupted")
         )
@@ -65,11 +69,12 @@ class Runner:
 
     def _start(self, cell: Cell) -> None:
         write_config(cell.settings)
-        folder = cell.settings.run.path
+        folder, gpus = cell.settings.run.path, self._gpus.take(cell.processes)
+        own = [f"{VISIBLE_GPUS}={','.join(gpus)}"] if gpus else []
         try:
             with (folder / CONSOLE_FILE).open("ab") as console:
                 process = subprocess.Popen(
-                    [*ENVIRONMENT, *_command(cell)],
+                    [*ENVIRONMENT, *own, *_command(cell)],
                     stdout=console,
                     stderr=subprocess.STDOUT,
                     pass_fds=[self._lock],
@@ -77,7 +82,7 @@ class Runner:
                 )
         except OSError as error:
             raise OutsideError(f"{folder}: cannot start a cell: {error.strerror}") from error
-        self._running.append(Job(cell, process))
+        self._running.append(Job(cell, process, gpus))
         self._write()
 
     def _collect(self, stop: StopRequest) -> None:
@@ -85,6 +90,7 @@ class Runner:
         for job in list(self._running):
             if job.process.poll() is not None:
                 self._running.remove(job)
+                self._gpus.give_back(job.gpus)
                 self._note(job, bool(stop.requested))
             elif stop.requested:
                 job.process.send_signal(signal.SIGTERM)

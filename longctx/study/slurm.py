@@ -24,8 +24,15 @@ QUEUE_SECONDS = 60
 COLLECT = "#!/usr/bin/env bash\n#SBATCH --ntasks=1\nexec {command}\n"
 
 
-def submit_study(study: Study, argv: Sequence[str]) -> None:
-    """Submits what is neither finished nor in the queue, and a job that gathers the results."""
+def submit_study(study: Study, argv: Sequence[str], dry_run: bool = False) -> None:
+    """Submits what is neither finished nor in the queue, and a job that gathers the results; or
+    prints the scripts of the cells, and writes nothing."""
+    if dry_run:
+        groups = _groups(study, Outcomes(study, ""), cells_in_queue(study.config.path))
+        sys.stdout.write("\n".join(_script(study, cells) for cells in groups.values()))
+        if not groups:
+            sys.stderr.write("every cell is finished, in the queue, or failed for good\n")
+        return
     folder = study.config.path
     with locked(folder):
         outcomes = Outcomes(study, _line(argv, "--submit"))

@@ -41,6 +41,7 @@ def prepare(settings: Settings, processes: int) -> Prepared:
     loaders = build_loaders(
         settings.data, config.seq_len, config.batch_size, settings.run.seed, is_first_here()
     )
+    check_vocabulary(loaders.tokenizer.vocab_size, split)
     resumed, initial = open_run(settings, loaders.fingerprint), None
     if settings.run.init_from and not resumed:
         initial = resolve(settings.run.init_from)
@@ -62,6 +63,15 @@ def settle_mesh(settings: Settings, processes: int, precision: str = "") -> Spli
         )
     asked = "bf16" if config.precision == "auto" else config.precision
     return fit_engine(settings, split, precision or asked)
+
+
+def check_vocabulary(size: int, split: Split) -> None:
+    """InputError if processes that share a vocabulary would get nothing of it."""
+    if size < split.tp:
+        raise InputError(
+            f"vocab_size = {size}: fewer than the {split.tp} processes that share it; set "
+            f"parallel.tp to at most {size}"
+        )
 
 
 def _check_run_apart(settings: Settings) -> None:

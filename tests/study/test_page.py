@@ -10,8 +10,9 @@ from urllib.parse import unquote
 
 import pytest
 
+from longctx.study.axes import kind_of
 from longctx.study.page import make_plots, render
-from longctx.study.points import kind_of, read_points
+from longctx.study.points import read_points
 from longctx.study.report import write_report
 from longctx.study.results import Results
 from tests.report.parsed import Page, charts

@@ -13,6 +13,7 @@ from longctx.cli import main
 from longctx.study import locks
 from longctx.study import run as study_run
 from longctx.study.design import load_study
+from longctx.study.gpus import Gpus
 from longctx.study.outcomes import Outcomes
 from longctx.study.results import read_results
 from longctx.train.run_directory import write_config
@@ -37,6 +38,7 @@ with open(folder / "starts.txt", "a") as file:
 print("the stub was here", flush=True)
 held = [os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
 (folder / "holds_lock").write_text(str(str(folder.parent.resolve() / ".lock") in held))
+(folder / "gpus").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 failures = folder.parent / "failures.json"
 if failures.exists():
     left = json.loads(failures.read_text()).get(folder.name, 0)
@@ -86,6 +88,22 @@ def test_finished_cells_are_not_run_again(write, stub, capsys):
     assert "2 cells, 2 of them finished before" in capsys.readouterr().out
     assert {path.read_text() for path in stub.glob("*/holds_lock")} == {"True"}
     assert [row["status"] for row in table(stub)] == ["done", "done"]
+
+
+def test_cells_that_run_side_by_side_get_gpus_of_their_own(write, stub, monkeypatch):
+    monkeypatch.setattr(study_run, "visible_gpus", lambda: ("4", "GPU-7"))
+    assert main(["study", write(AXES), "--study.workers", "2"]) == 0
+    assert {path.read_text() for path in stub.glob("*/gpus")} == {"4", "GPU-7"}
+
+
+def test_a_cell_gets_the_gpus_that_the_fewest_others_use():
+    gpus = Gpus("abc")
+    first, second = gpus.take(2), gpus.take(2)
+    assert (first, second) == (("a", "b"), ("c", "a"))
+    assert gpus.take(4) == ("b", "c", "a")
+    gpus.give_back(first)
+    assert gpus.take(1) == ("b",)
+    assert Gpus(()).take(2) == ()
 
 
 def test_cells_that_come_to_a_study_later_are_run(write, stub):
@@ -233,26 +251,41 @@ def test_workers_are_processes_and_a_cell_that_needs_more_runs_alone(write):
     assert Path(command[-4]).is_file()
 
 
-def test_the_best_of_a_sweep_is_marked_once_all_of_it_is_over(write):
-    axes = """
-    [study.grid]
-    run.seed = [0, 1]
-    optim.lr = [0.1, 0.2, 0.3]
-    [study.best]
-    over = ["optim.lr"]
-    """
-    study = load_study(write(axes))
-    for cell, loss in zip(study.cells, [float("nan"), 1.0, 2.0, 3.0, 2.5], strict=False):
+def swept(write, axes: str, *losses: float) -> Outcomes:
+    """A study of which the first cells are done, with these losses."""
+    study = load_study(write(f'[study.grid]\n{axes}\n[study.best]\nover = ["optim.lr"]\n'))
+    for cell, loss in zip(study.cells, losses, strict=False):
         write_config(cell.settings)
         summary = {"step": 4, "val_loss": loss, "val_accuracy": 0.5}
         (cell.settings.run.path / "summary.json").write_text(json.dumps(summary))
-    outcomes = Outcomes(study, "")
-    assert [row.is_best for row in outcomes.results().rows] == [False, True, *[False] * 4]
-    write_config(study.cells[5].settings)
+    return Outcomes(study, "")
+
+
+def best(outcomes: Outcomes) -> list[bool]:
+    return [row.is_best for row in outcomes.results().rows]
+
+
+def fail(outcomes: Outcomes, number: int) -> None:
+    cell = outcomes._study.cells[number]
+    write_config(cell.settings)
     for _ in range(2):
-        outcomes.note_failure(study.cells[5], "it diverged")
-    best = [row.is_best for row in outcomes.results().rows]
-    assert best == [False, True, False, False, True, False]
+        outcomes.note_failure(cell, "it diverged")
+
+
+def test_the_best_of_a_sweep_is_marked_once_all_of_it_is_over(write):
+    axes = "model.width = [16, 32]\noptim.lr = [0.1, 0.2, 0.3]"
+    outcomes = swept(write, axes, float("nan"), 1.0, 2.0, 3.0, 2.5)
+    assert best(outcomes) == [False, True, *[False] * 4]
+    fail(outcomes, 5)
+    assert best(outcomes) == [False, True, False, False, True, False]
+
+
+def test_the_best_of_a_sweep_is_so_for_all_seeds_together(write):
+    axes = "run.seed = [0, 1]\noptim.lr = [0.1, 0.2, 0.3]"
+    outcomes = swept(write, axes, 1.0, 1.3, 0.5, 2.0, 1.5)
+    assert not any(best(outcomes))
+    fail(outcomes, 5)
+    assert best(outcomes) == [False, True, False] * 2  # 0.3 diverged once, 0.1 has a lucky seed
 
 
 @pytest.mark.usefixtures("stub")

@@ -79,6 +79,20 @@ def test_cells_of_each_number_of_processes_are_an_array_in_the_shape_they_need(w
     assert (out / "sp1-seed0" / "config.toml").is_file()
 
 
+def test_a_dry_run_prints_the_scripts_and_writes_nothing(write, out, capsys):
+    file = write(AXES)
+    shown = submit(file, capsys, "--dry-run")
+    assert not out.exists()
+    submit(file, capsys)
+    scripts = [Path("scripts", name).read_text() for name in ("100", "101")]
+    assert "\n".join(shown) + "\n" == "\n".join(scripts)
+
+
+def test_a_dry_run_of_anything_else_is_refused(write, capsys):
+    assert main(["study", write(AXES), "--dry-run"]) == 2
+    assert "--dry-run goes with --submit" in capsys.readouterr().err
+
+
 def test_what_is_finished_failed_for_good_or_in_the_queue_is_not_submitted(write, out, capsys):
     file = write(AXES)
     submit(file, capsys)

@@ -5,8 +5,10 @@ import time
 import pytest
 
 from longctx.cli import main
+from longctx.config import decode
 from longctx.errors import InputError
 from longctx.train.prepare import prepare
+from longctx.train.settings import Settings
 from longctx.train.trainer import train
 from tests.train.processes import exit_codes, run, start
 
@@ -128,6 +130,21 @@ def test_an_impossible_split_is_refused_before_anything_is_sent(
     with pytest.raises(InputError, match=words):
         prepare(config, processes)
     assert not config.run.path.exists()
+
+
+def test_a_vocabulary_that_is_too_small_to_share_is_refused():
+    tables = {
+        "data": {"task": "mqar", "pairs": 2, "answers": 2, "vocabulary": 12},
+        "model": {
+            "width": 32,
+            "pattern": "S",
+            "mixers": {"S": {"kind": "softmax", "num_heads": 16}},
+        },
+        "train": {"seq_len": 12, "batch_size": 1},
+        "parallel": {"tp": 16},
+    }
+    with pytest.raises(InputError, match="vocab_size = 12: fewer than the 16 processes"):
+        prepare(decode(Settings, tables, file="test"), 16)
 
 
 def test_only_the_first_process_of_a_host_tells_a_mistake(monkeypatch, capsys):
