@@ -9,9 +9,11 @@ from longctx.config import (
     Registered,
     apply_overrides,
     decode,
+    find_config,
     first_difference,
     flatten,
     load_table,
+    merge,
     to_dict,
     to_toml,
 )
@@ -266,6 +268,21 @@ def test_slots_are_refused_since_they_register_another_class() -> None:
         @dataclass(frozen=True, slots=True)
         class Member(Family, kind="member"):
             pass
+
+
+def test_extends_takes_the_name_of_a_file_that_comes_with_longctx(tmp_path: Path) -> None:
+    child = write(tmp_path / "tiny.toml", 'extends = "tiny"\n[train]\nsteps = 3\n')
+    tiny = load_table(find_config("tiny", "preset"))
+    assert load_table(child) == merge(tiny, {"train": {"steps": 3}})
+    cluster = write(tmp_path / "mine.toml", 'extends = "8xh100"\nmost_nodes = 3\n')
+    assert load_table(cluster)["links"] == load_table(find_config("8xh100", "cluster"))["links"]
+    write(tmp_path / "8xh100", "most_nodes = 1\n")
+    assert load_table(cluster) == {"most_nodes": 3}
+
+
+def test_no_two_files_that_come_with_longctx_have_the_same_name() -> None:
+    names = [path.stem for path in Path(find_config("tiny", "preset")).parent.rglob("*.toml")]
+    assert len(names) == len(set(names)) > 20
 
 
 def test_extends_merges_tables_and_the_child_wins(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from longctx.config.fields import to_dict
 from longctx.config.names import join
+from longctx.config.packaged import packaged
 from longctx.errors import InputError
 
 
@@ -32,7 +33,13 @@ def _load(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
         return table
     if not isinstance(parent, str):
         raise InputError(f"{path}: extends = {parent!r}: expected a file name")
-    return merge(_load(path.parent / parent, (*children, path)), table)
+    return merge(_load(_find(parent, path), (*children, path)), table)
+
+
+def _find(parent: str, child: Path) -> Path:
+    """A file that is named from where the child is, or one that comes with longctx."""
+    beside = child.parent / parent
+    return beside if beside.is_file() else packaged(parent) or beside
 
 
 def merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:

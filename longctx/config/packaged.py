@@ -19,6 +19,12 @@ def find_config(name: str | Path, kind: Literal["preset", "cluster", "study"]) -
     raise InputError(f"{name}: no such file or {kind} (there are: {', '.join(known)})")
 
 
+def packaged(name: str) -> Path | None:
+    """The file of whatever kind that comes with longctx under that name."""
+    found = (_packaged(folder).get(Path(name).stem) for folder in FOLDERS.values())
+    return next(filter(None, found), None) if Path(name).parent == Path() else None
+
+
 def _packaged(folder: str) -> dict[str, Path]:
     """Inside the installed package, or beside it in a source checkout."""
     package = Path(__file__).parents[1]

@@ -17,11 +17,9 @@ def study_command(argv: Sequence[str]) -> tuple[str, list[str]]:
     modes, dry_run = [word for word in argv if word in MODES], DRY_RUN in argv
     argv = [word for word in argv if word not in (*MODES, DRY_RUN)]
     if len(modes) > 1:
-        raise InputError(f"longctx study: choose one of {' and '.join(MODES)}")
+        raise InputError(f"choose one of {' and '.join(MODES)}")
     if dry_run and modes != ["--submit"]:
-        raise InputError(
-            f"longctx study: {DRY_RUN} goes with --submit; longctx plan tells of a run"
-        )
+        raise InputError(f"{DRY_RUN} goes with --submit; longctx plan tells of a run")
     study = load_study(argv[0], argv[1:])
     if modes == ["--submit"]:
         submit_study(study, argv, dry_run)
