@@ -65,6 +65,19 @@ def test_a_missed_target_fails_the_run():
     assert not Section("", [], [verdict("too slow", is_met=False, is_judged=False)]).is_failed
 
 
+@pytest.mark.usefixtures("bench")
+def test_a_plan_that_is_off_fails_the_run():
+    from predicted import Found, report
+
+    step = Found(1.0, 0.0)
+    text, is_met = report("tiny", [1024, 2048], [(Found(1.19, 0.0), step), (step, step)])
+    assert is_met
+    assert "| 1,024 | 1.000 | 1.190 | +19% |" in text
+    text, is_met = report("tiny", [1024, 2048], [(step, step), (Found(0.75, 0.0), step)])
+    assert not is_met
+    assert "FAIL: time off by 25% at most" in text
+
+
 @pytest.fixture
 def gpu_bench(monkeypatch):
     """The GPU bench's main module, without a GPU."""
