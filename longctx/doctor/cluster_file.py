@@ -1,6 +1,5 @@
 """Writes what was measured as a cluster's file, for `longctx plan --cluster FILE`."""
 
-import os
 import platform
 import socket
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from longctx.doctor.crew import Crew
 from longctx.doctor.findings import Finding
 from longctx.doctor.measure import Bench, Machine
 from longctx.files import write_whole
+from longctx.host import total_memory
 from longctx.plan.clusters import ClusterConfig, LinkConfig, RateConfig
 
 GIB = 2**30
@@ -41,9 +41,9 @@ def _medians(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def write_cluster(machine: Machine, crew: Crew | None, output: str, bench: Bench) -> Finding:
     """Writes the file, and says what `longctx plan` does with it."""
-    path, cluster = Path(output), cluster_of(machine, crew, bench)
+    path = Path(output)
     try:
-        write_whole(path, to_toml(cluster).encode())
+        write_whole(path, to_toml(cluster_of(machine, crew, bench)).encode())
     except OSError as error:
         return Finding("problem", f"{path}", f"cannot be written ({error.strerror})", MEASURED)
     links = "" if crew else "; without links: start this under a launcher to measure them"
@@ -56,7 +56,7 @@ def cluster_of(machine: Machine, crew: Crew | None, bench: Bench) -> ClusterConf
     hosts = crew.hosts if crew else [socket.gethostname()]
     nodes, device = len(set(hosts)), bench.device
     per_node = max(map(hosts.count, hosts))
-    host_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    host_gib = total_memory() / GIB
     memory = host_gib / per_node
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory / GIB

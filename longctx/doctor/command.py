@@ -17,9 +17,9 @@ from longctx.doctor.cluster_file import MEASURED, merged, write_cluster
 from longctx.doctor.config_checks import checkpoint_bytes, config_fits
 from longctx.doctor.crew import GROUP, examine
 from longctx.doctor.findings import Check, Finding, as_record, as_text, exit_code, run_checks
-from longctx.doctor.measure import bench_of, product_rate
+from longctx.doctor.measure import Bench, bench_of, product_rate
 from longctx.errors import InputError, OutsideError
-from longctx.parallel.links import Peers
+from longctx.parallel.links import Peers, as_line
 from longctx.parallel.mesh import is_first_here, local_rank, processes_here, world_size
 from longctx.train.settings import Settings, load_settings
 
@@ -35,11 +35,13 @@ class DoctorConfig:
     output: str = "cluster.toml"
     """File that --measure writes, for `longctx plan --cluster FILE`."""
     timeout_seconds: int = 60
-    """How long processes wait for one another."""
+    """How long processes wait to meet, and for a message."""
 
     def __post_init__(self) -> None:
         if self.timeout_seconds < 1:
             raise InputError(f"--timeout_seconds = {self.timeout_seconds}: must be at least 1")
+        if not Path(self.output).name or Path(self.output).is_dir():
+            raise InputError(f"--output {self.output}: is a folder; name a file")
         if not Path(self.output).parent.is_dir():
             raise InputError(f"--output {self.output}: its folder is not there; make it first")
 
@@ -51,12 +53,16 @@ def run(argv: Sequence[str]) -> int:
     name = words.pop(0) if words and not words[0].startswith("-") else ""
     config = apply_overrides(DoctorConfig(), words, COMMAND)
     settings = load_settings(name or DEFAULT)
-    findings = run_checks(local_checks(settings, name)) if is_first_here() else []
-    is_measured = "--measure" in argv
+    checks = local_checks(settings, name)
+    measured = name if "--measure" in argv else None
+    speaks, findings = is_first_here(), []
     try:
-        speaks, findings = _examine(config, settings, findings, name if is_measured else None)
+        # Before checks, which may take longer on one host than others wait to meet.
+        peers = Peers(device_here(), config.timeout_seconds) if world_size() > 1 else None
+        findings = run_checks(checks) if is_first_here() else []
+        speaks, findings = _examine(config, settings, peers, findings, measured)
     except OutsideError as error:
-        speaks = is_first_here()
+        findings = findings or (run_checks(checks) if is_first_here() else [])
         findings = [*findings, Finding("problem", "processes", f"failed: {error}", GROUP)]
     if speaks:
         show(findings, "--json" in argv)
@@ -64,21 +70,23 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _examine(
-    config: DoctorConfig, settings: Settings, local: list[Finding], measured: str | None
+    config: DoctorConfig,
+    settings: Settings,
+    peers: Peers | None,
+    local: list[Finding],
+    measured: str | None,
 ) -> tuple[bool, list[Finding]]:
     """Whether this process speaks for all, and what all of them find; measures what stands for the
     config of that name, "" being none."""
     device = device_here()
     bench = None if measured is None else bench_of(device, settings, own=bool(measured))
-    if world_size() == 1:
-        if bench:
-            machine_here = bench.measure()
-            local = [*local, write_cluster(machine_here, None, config.output, bench)]
-        return True, local
-    peers = Peers(device, config.timeout_seconds)
-    crew = examine(peers, local, settings.run.path, product_rate(device))
+    if peers is None:
+        return True, [*local, *(_measured(bench, config.output) if bench else ())]
+    crew = examine(peers, local, settings.run.path, partial(product_rate, device))
     findings = crew.findings
-    if bench and exit_code(findings) == 0:
+    if bench and exit_code(findings):
+        findings.append(Finding("problem", "nothing was measured", "mend what is above", MEASURED))
+    elif bench:
         machines, errors = peers.together(bench.measure)
         if errors:
             findings.append(Finding("problem", "measuring", f"failed: {errors[0]}", MEASURED))
@@ -88,16 +96,27 @@ def _examine(
     return peers.rank == 0, findings
 
 
+def _measured(bench: Bench, output: str) -> list[Finding]:
+    """Measures one process alone."""
+    try:
+        machine_here = bench.measure()
+    except Exception as error:
+        return [Finding("problem", "measuring", f"failed: {as_line(error)}", MEASURED)]
+    return [write_cluster(machine_here, None, output, bench)]
+
+
 def device_here() -> torch.device:
     """The GPU of this process, the CPU if there are too few."""
-    if processes_here() <= torch.cuda.device_count():
+    # The driver may count devices that torch cannot use.
+    if torch.cuda.is_available() and processes_here() <= torch.cuda.device_count():
         return torch.device("cuda", local_rank())
     return torch.device("cpu")
 
 
 def local_checks(settings: Settings, name: str) -> dict[str, list[Check]]:
     """Checks of one host by group; those of a config only if one is named."""
-    folder, size = settings.run.path, checkpoint_bytes(settings)
+    folder, kept = settings.run.path, settings.checkpoints
+    size = checkpoint_bytes(settings)
     groups: dict[str, list[Check]] = {
         "versions": [
             versions.required_versions,
@@ -115,7 +134,7 @@ def local_checks(settings: Settings, name: str) -> dict[str, list[Check]]:
         "storage": [
             partial(storage.kind_of_storage, folder),
             partial(storage.what_files_can, folder),
-            partial(storage.space_and_speed, folder, name or DEFAULT, size),
+            partial(storage.space_and_speed, kept, name or DEFAULT, size),
         ],
         "services": [services.slurm, partial(services.wandb, settings.log.wandb)],
     }

@@ -18,6 +18,8 @@ from longctx.parallel.mesh import is_first_here
 GROUP = "processes"
 ALL_PAIRS = 8
 """Processes up to which every pair is measured."""
+MOST_PAIRS = 128
+"""Within hosts, and between them: each takes about a second over NCCL."""
 MUST_AGREE = ("python", "longctx", "torch", "cuda", "nccl", "triton")
 MOST_SKEW = 1.0
 SLOW_SHARE = 0.8
@@ -33,8 +35,8 @@ class Facts(NamedTuple):
 
     host: str
     versions: dict[str, str]
-    products: float
-    """FLOP/s of a matrix product while all others do the same."""
+    device: str
+    """What it computes on."""
     findings: list[Finding]
     """Of its host, if it speaks for that."""
 
@@ -49,17 +51,23 @@ class Crew(NamedTuple):
     """Medians by tier: node and fabric."""
 
 
-def examine(peers: Peers, local: Sequence[Finding], folder: Path, products: float) -> Crew:
-    """Every process calls it, with what was found on its host; all get the same findings."""
-    facts = Facts(socket.gethostname(), versions_here(), products, list(local))
+def examine(
+    peers: Peers, local: Sequence[Finding], folder: Path, products: Callable[[], float]
+) -> Crew:
+    """Every process calls it, with what was found on its host, and what finds its FLOP/s in matrix
+    products while all others do the same; all get the same findings."""
+    facts = Facts(socket.gethostname(), versions_here(), peers.device.type, list(local))
     crew: list[Facts] = peers.gather(facts._replace(findings=facts.findings * is_first_here()))
     hosts = [facts.host for facts in crew]
     found = _by_host(crew)
     count = len(set(hosts))
     told = f"{peers.size} processes on {count} host{'s' * (count > 1)}"
-    found += [Finding("ok", told, "they met"), *agreement(crew), *stragglers(crew)]
+    found += [Finding("ok", told, "they met"), *agreement(crew)]
     found += see_one_folder(peers, folder)
+    if apart := devices_differ(crew):
+        return Crew([f._replace(group=f.group or GROUP) for f in [*found, *apart]], hosts, {})
     stages: dict[str, Callable[[], Any]] = {
+        "matrix products": products,
         "clocks": peers.clocks,
         "links": lambda: peers.links(pairs_of(hosts)),
         "collectives": peers.collectives,
@@ -68,8 +76,9 @@ def examine(peers: Peers, local: Sequence[Finding], folder: Path, products: floa
     for name, work in stages.items():
         results[name], errors = peers.together(work)
         if errors:
-            failure = Finding("problem", f"measuring {name}", f"failed: {errors[0]}")
-            return Crew([*found, failure._replace(group=GROUP)], hosts, {})
+            found.append(Finding("problem", f"measuring {name}", f"failed: {errors[0]}"))
+            return Crew([f._replace(group=f.group or GROUP) for f in found], hosts, {})
+    found += stragglers(results["matrix products"], hosts)
     links: Links = {pair: link for own in results["links"] for pair, link in own.items()}
     found += clocks(results["clocks"][0], hosts)
     tiers, of_links = tiers_of(links, hosts)
@@ -107,26 +116,38 @@ def agreement(crew: Sequence[Facts]) -> list[Finding]:
     return found or [Finding("ok", "versions are equal on all ranks", "they can work together")]
 
 
-def stragglers(crew: Sequence[Facts]) -> list[Finding]:
+def devices_differ(crew: Sequence[Facts]) -> list[Finding]:
+    """A process without a GPU among others that have one; they cannot pass messages."""
+    kinds = [facts.device for facts in crew]
+    if len(set(kinds)) == 1:
+        return []
+    rank = kinds.index("cpu")
+    meaning = f"rank {rank} on {crew[rank].host} has none that it could use: no message was tried"
+    return [Finding("problem", "GPUs on some ranks only", meaning)]
+
+
+def stragglers(rates: Sequence[float], hosts: Sequence[str]) -> list[Finding]:
     """Whether one process computes more slowly than the others."""
-    rates = [facts.products for facts in crew]
     usual = median(rates)
     slowest = min(range(len(rates)), key=rates.__getitem__)
     share = rates[slowest] / usual
     found = f"matrix products at {usual / 1e9:.0f} GFLOP/s, rank {slowest} at {share:.0%} of that"
     if share < SLOW_SHARE:
-        return [Finding("warning", found, f"all wait for it, on {crew[slowest].host}")]
+        return [Finding("warning", found, f"all wait for it, on {hosts[slowest]}")]
     return [Finding("ok", found, "nobody holds up the others")]
 
 
 def see_one_folder(peers: Peers, folder: Path) -> list[Finding]:
     """Whether what one process writes is seen by all, and after how long."""
     token = peers.gather(secrets.token_hex(8))[0]
-    where = nearest_folder(folder)
-    files = [where / f".doctor-{token}-{rank}" for rank in range(peers.size)]
-    _, errors = peers.together(lambda: files[peers.rank].write_text(token))
-    seconds, _ = peers.together(lambda: _seconds_until(files, token))
-    _, _ = peers.together(lambda: files[peers.rank].unlink(missing_ok=True))
+    names = [f".doctor-{token}-{rank}" for rank in range(peers.size)]
+
+    def files() -> list[Path]:
+        return [nearest_folder(folder) / name for name in names]
+
+    _, errors = peers.together(lambda: files()[peers.rank].write_text(token))
+    seconds, _ = peers.together(lambda: _seconds_until(files(), token))
+    _, _ = peers.together(lambda: files()[peers.rank].unlink(missing_ok=True))
     if errors:
         return [Finding("problem", f"{folder} cannot be written by all", errors[0])]
     blind = [rank for rank, waited in enumerate(seconds) if waited is None]
@@ -163,12 +184,17 @@ def clocks(ahead: Sequence[float], hosts: Sequence[str]) -> list[Finding]:
 
 
 def pairs_of(hosts: Sequence[str]) -> list[tuple[int, int]]:
-    """All pairs of a few ranks; of many, neighbours and the first ranks of hosts."""
+    """All pairs of a few ranks; of many, neighbours, also within a host, and the first ranks of
+    hosts, of which MOST_PAIRS of either kind are taken."""
     if len(hosts) <= ALL_PAIRS:
         return list(combinations(range(len(hosts)), 2))
-    firsts = [hosts.index(host) for host in dict.fromkeys(hosts)]
     ranks = range(len(hosts))
-    return sorted({*zip(ranks, ranks[1:]), (0, ranks[-1]), *zip(firsts, firsts[1:])})
+    own = {host: [rank for rank in ranks if hosts[rank] == host] for host in dict.fromkeys(hosts)}
+    firsts = [each[0] for each in own.values()]
+    within = {pair for each in own.values() for pair in zip(each, each[1:])}
+    pairs = sorted({*zip(ranks, ranks[1:]), (0, ranks[-1]), *zip(firsts, firsts[1:]), *within})
+    tiers = ([(a, b) for a, b in pairs if (hosts[a] == hosts[b]) == near] for near in (True, False))
+    return sorted(pair for tier in tiers for pair in tier[:: -(-len(tier) // MOST_PAIRS) or 1])
 
 
 def tiers_of(links: Links, hosts: Sequence[str]) -> tuple[dict[str, LinkTime], list[Finding]]:

@@ -40,7 +40,7 @@ def run_checks(
 
 
 def _run(check: Check, seconds: float) -> list[Finding]:
-    name = getattr(check, "__name__", str(getattr(check, "func", check)))
+    name = getattr(getattr(check, "func", check), "__name__", str(check))
     found: list[Finding] = []
 
     def work() -> None:

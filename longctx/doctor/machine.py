@@ -5,13 +5,14 @@ import resource
 import shutil
 import socket
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from longctx.doctor.findings import Finding
 from longctx.host import free_memory
-from longctx.parallel.surroundings import network_interface
+from longctx.parallel.surroundings import network_interfaces
 
 GIB = 2**30
 CGROUP = Path("/sys/fs/cgroup")
@@ -47,18 +48,28 @@ def _device(index: int) -> Finding:
     own = torch.cuda.get_device_properties(index)
     found = f"GPU {index}: {own.name}, {own.total_memory / GIB:.0f} GiB, {own.major}.{own.minor}"
     built = torch.cuda.get_arch_list()
-    if built and own.major < min(int(arch.split("_")[1].rstrip("af")) // 10 for arch in built):
-        return Finding("problem", found, "torch was not built for so old a device")
+    if built and not any(_runs_on(arch, own.major, own.minor) for arch in built):
+        return Finding("problem", found, f"torch was built for others: {', '.join(built)}")
     if (own.major, own.minor) < (8, 0):
         return Finding("warning", found, "no bf16: set train.precision = 'fp32'")
     return Finding("ok", found, "trains in bf16 with Triton kernels")
+
+
+def _runs_on(arch: str, major: int, minor: int) -> bool:
+    """Whether code for sm_80 (devices of its generation that are no older), sm_90a (only that one)
+    or compute_80 (compiled for any that is no older) is of use to a device."""
+    kind, _, number = arch.partition("_")
+    own = divmod(int(number.rstrip("af")), 10)
+    if kind == "compute":
+        return own <= (major, minor)
+    return own == (major, minor) if number.endswith("a") else own[0] == major and own[1] <= minor
 
 
 def _errors_and_parts() -> list[Finding]:
     """Memory errors that ECC could not correct, and devices cut into parts."""
     found = []
     for index, line in enumerate(_query("ecc.errors.uncorrected.volatile.total,mig.mode.current")):
-        errors, mig = (word.strip() for word in line.split(",", 1))
+        errors, _, mig = (word.strip() for word in line.partition(","))
         if errors.isdigit() and int(errors):
             found.append(Finding("problem", f"GPU {index}: {errors} memory errors", "replace it"))
         if mig == "Enabled":
@@ -145,13 +156,26 @@ def _number(limit: int) -> str:
     return "any number of" if limit == resource.RLIM_INFINITY else str(limit)
 
 
+def _matches(told: str, names: Sequence[str]) -> bool:
+    """Whether NCCL finds an interface: beginnings of names, whole ones after =, others after ^."""
+    is_not, is_whole = told.startswith("^"), told.lstrip("^").startswith("=")
+    words = [word for word in told.lstrip("^=").split(",") if word]
+
+    def is_told(name: str) -> bool:
+        return any(name == word if is_whole else name.startswith(word) for word in words)
+
+    return any(is_told(name) != is_not for name in names)
+
+
 def network() -> list[Finding]:
     """Interfaces, whether the host's own name leads to it, and a free port."""
     names = [name for _, name in socket.if_nameindex()]
-    told = network_interface()
     level, meaning = "ok", "through which processes of several hosts can meet"
-    if told and told.lstrip("=^").split(",")[0] not in names and not told.startswith("^"):
-        level, meaning = "problem", f"GLOO_/NCCL_SOCKET_IFNAME names {told!r}, which is not here"
+    gloo, nccl = network_interfaces()
+    if absent := [name for name in gloo.split(",") if name and name not in names]:
+        level, meaning = "problem", f"GLOO_SOCKET_IFNAME names {absent[0]!r}, which is not here"
+    elif nccl and not _matches(nccl, names):
+        level, meaning = "problem", f"NCCL_SOCKET_IFNAME = {nccl!r} leaves none of them"
     elif set(names) <= {"lo"}:
         level, meaning = "note", "processes of this host only"
     found = [Finding(level, f"interfaces {', '.join(names)}", meaning)]
@@ -161,8 +185,8 @@ def network() -> list[Finding]:
         local = " (set GLOO_SOCKET_IFNAME for several hosts)" if address.startswith("127.") else ""
         found.append(Finding("ok", f"{host} is {address}", f"gloo finds itself{local}"))
     except OSError:
-        meaning = "gloo cannot start unless GLOO_SOCKET_IFNAME names an interface"
-        found.append(Finding("ok" if told else "warning", f"{host} has no address", meaning))
+        meaning = "processes of this host only, unless GLOO_SOCKET_IFNAME names an interface"
+        found.append(Finding("ok" if gloo else "warning", f"{host} has no address", meaning))
     with socket.socket() as listening:
         listening.bind(("", 0))
         port = listening.getsockname()[1]

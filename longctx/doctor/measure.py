@@ -94,11 +94,16 @@ class Bench:
         model = self._alone(letter)
         block = build_block(model, model.letters.index(letter), MEMORY)
         draw(block, model, 0, "")
-        block.to(self.device)
+        block.to(self.device, self._weights)
         for tokens in TOKENS[self.device.type]:
             if not allow(model.layers, tokens):
                 continue
-            seconds = self._seconds(self._pass(block, tokens))
+            try:
+                seconds = self._seconds(self._pass(block, tokens))
+            except torch.OutOfMemoryError:
+                if not found:
+                    raise
+                break
             compute = Compute(work_of(model, tokens, self.precision), cluster, 0)
             found[str(tokens)] = solved(compute, kernels, letter, seconds)
             if seconds > LONGEST_CALL:
@@ -117,7 +122,8 @@ class Bench:
     def _pass(self, block: Block, tokens: int) -> Callable[[], Any]:
         """A forward and a backward pass of a layer."""
         view = LocalView.whole(1, tokens, self.device).keyed(0, 0, (0,)).with_shelf()
-        x_BTD = torch.randn(1, tokens, self.model.width, device=self.device, requires_grad=True)
+        x_BTD = torch.randn(1, tokens, self.model.width, device=self.device, dtype=self._weights)
+        x_BTD.requires_grad_()
 
         def run() -> None:
             for weight in [x_BTD, *block.parameters()]:
@@ -127,6 +133,11 @@ class Bench:
             torch.autograd.backward([out_BTD, *losses.values()], [out_BTD, *losses.values()])
 
         return run
+
+    @property
+    def _weights(self) -> torch.dtype:
+        """As the trainer keeps them."""
+        return torch.float64 if self.precision == "fp64" else torch.float32
 
     def _autocast(self) -> Any:
         if self.precision != "bf16":
@@ -157,7 +168,7 @@ class Bench:
         if not tokens or model.num_parameters() > MOST_WEIGHTS[self.device.type]:
             return 0.0
         initialise(model, 0)
-        model.to(self.device)
+        model.to(self.device, self._weights)
         known = step_time(work_of(self.model, tokens, self.precision), cluster).total
         return max(0.0, self._seconds(self._step(model, tokens)) - known)
 

@@ -1,5 +1,6 @@
 """The folder that runs are written to: its file system, its space and its speed."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -7,8 +8,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from longctx.checkpoint.config import Address
 from longctx.doctor.findings import Finding
-from longctx.files import sync_path, write_whole
+from longctx.files import write_whole
+from longctx.train.redaction import redact
 
 GIB = 2**30
 PIECE = 2**20
@@ -20,9 +23,12 @@ SLOW_CHECKPOINT = 300
 
 
 def nearest_folder(path: Path) -> Path:
-    """The folder, or the lowest one above it that exists."""
-    path = path.expanduser().resolve()
-    return next(p for p in (path, *path.parents) if p.is_dir())
+    """The folder, or the lowest one above it that exists; OSError if a run cannot make it there."""
+    path = path.resolve()
+    nearest = next(p for p in (path, *path.parents) if p.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(nearest))
+    return nearest
 
 
 def file_system(folder: Path) -> tuple[str, str]:
@@ -48,8 +54,8 @@ def kind_of_storage(folder: Path) -> list[Finding]:
 
 def what_files_can(folder: Path) -> list[Finding]:
     """Whether writing, locking, syncing and renaming work there."""
-    where = nearest_folder(folder)
     try:
+        where = nearest_folder(folder)
         with tempfile.TemporaryDirectory(prefix=".doctor-", dir=where) as own:
             write_whole(Path(own, "whole"), b"first")
             write_whole(Path(own, "whole"), b"second")
@@ -64,8 +70,11 @@ def what_files_can(folder: Path) -> list[Finding]:
     return [Finding("ok", f"{folder}: files lock, sync and rename", "checkpoints are whole")]
 
 
-def space_and_speed(folder: Path, name: str, needed: int) -> list[Finding]:
+def space_and_speed(folder: Address, name: str, needed: int) -> list[Finding]:
     """Whether a checkpoint of a config, `needed` bytes, fits, and how long it takes to write."""
+    if isinstance(folder, str):
+        told = f"checkpoints go to {redact(folder)}"
+        return [Finding("note", told, "neither its room nor its speed is known")]
     where = nearest_folder(folder)
     free = shutil.disk_usage(where).free
     found, size = f"{free / GIB:.1f} GiB free", f"a checkpoint of {name}, {needed / GIB:.2f} GiB"
@@ -88,10 +97,11 @@ def space_and_speed(folder: Path, name: str, needed: int) -> list[Finding]:
 def write_speed(folder: Path, size: int) -> float:
     """Bytes a second that a process writes and syncs; the file is removed."""
     piece = os.urandom(PIECE)
-    with tempfile.NamedTemporaryFile(prefix=".doctor-", dir=folder) as file:
+    # Without a name, so that nothing is left however this ends.
+    with tempfile.TemporaryFile(dir=folder) as file:
         start = time.perf_counter()
         for _ in range(max(1, size // PIECE)):
             file.write(piece)
         file.flush()
-        sync_path(Path(file.name))
+        os.fsync(file.fileno())
         return max(PIECE, size // PIECE * PIECE) / (time.perf_counter() - start)

@@ -19,6 +19,8 @@ SMALL, SMALL_TIMES = 8, 30
 LARGE, LARGE_TIMES = {"cpu": 4 * MIB, "cuda": 64 * MIB}, 5
 GATHERED = {"cpu": (MIB // 16, MIB, 8 * MIB), "cuda": (MIB, 16 * MIB, 128 * MIB)}
 """Bytes of each process in an all-gather, and of an all-reduce."""
+MOST_GATHERED = {"cpu": 512 * MIB, "cuda": 8192 * MIB}
+"""Bytes that a process gathers at most, except in the smallest."""
 WARM_UP = 2
 CLOCK_TIMES = 5
 PATIENCE = timedelta(minutes=10)
@@ -45,21 +47,38 @@ class CollectiveTime(NamedTuple):
     """Bytes a second that a process receives, as a ring would bring them."""
 
 
+def as_line(error: Exception) -> str:
+    """What it says, or what it is."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class Peers:
     """All processes that a launcher started, for as long as they are measured."""
 
     def __init__(self, device: torch.device, timeout_seconds: int):
         self.device = device
-        is_gpu = device.type == "cuda"
-        if is_gpu:
-            torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl" if is_gpu else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         timeout = timedelta(seconds=timeout_seconds)
-        join(backend, timeout)
+        join(backend, timeout, "--timeout_seconds")
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self._measured = dist.new_group(timeout=timeout)
-        # Processes that failed, and others that waited for them, meet in another group.
-        self._control = dist.new_group(backend="gloo", timeout=timeout + PATIENCE)
+        # Processes that failed, and others that waited for them, meet in a group of their own.
+        self._control = self._group("gloo", timeout + PATIENCE)
+        _, errors = self.together(self._take_device)
+        if errors:
+            raise OutsideError(errors[0])
+        self._measured = self._group(None, timeout)
+
+    def _group(self, backend: str | None, timeout: timedelta) -> Any:
+        try:
+            return dist.new_group(backend=backend, timeout=timeout)
+        except RuntimeError as error:
+            raise OutsideError(
+                f"rank {self.rank}: a process stopped answering ({as_line(error)})"
+            ) from error
+
+    def _take_device(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
 
     def gather(self, value: Any) -> list[Any]:
         """What each process gives, in order of ranks; waits for all of them."""
@@ -68,7 +87,7 @@ class Peers:
             dist.all_gather_object(values, value, group=self._control)
         except RuntimeError as error:
             raise OutsideError(
-                f"rank {self.rank}: a process stopped answering ({' '.join(str(error).split())})"
+                f"rank {self.rank}: a process stopped answering ({as_line(error)})"
             ) from error
         return values
 
@@ -78,9 +97,8 @@ class Peers:
         result, failure, start = None, (0.0, ""), time.perf_counter()
         try:
             result = work()
-        except (RuntimeError, OSError, ValueError) as error:
-            told = f"rank {self.rank}: {' '.join(str(error).split())}"
-            failure = time.perf_counter() - start, told
+        except Exception as error:
+            failure = time.perf_counter() - start, f"rank {self.rank}: {as_line(error)}"
         answers = self.gather((result, failure))
         return [answer for answer, _ in answers], [t for _, t in sorted(f for _, f in answers) if t]
 
@@ -127,9 +145,14 @@ class Peers:
         """All-gather and all-reduce by size, as this process sees them."""
         return [
             self._collective(verb, size)
-            for size in GATHERED[self.device.type]
+            for size in self._sizes()
             for verb in ("all-gather", "all-reduce")
         ]
+
+    def _sizes(self) -> list[int]:
+        """Of all, the smallest, and those that every process can hold of all."""
+        smallest, *others = GATHERED[self.device.type]
+        return [smallest, *(n for n in others if n * self.size <= MOST_GATHERED[self.device.type])]
 
     def _collective(self, verb: str, size: int) -> CollectiveTime:
         own = torch.zeros(size // 4, device=self.device)

@@ -15,8 +15,9 @@ PROBE = timedelta(seconds=5)
 RETRY_SECONDS = 0.05
 
 
-def join(backend: str, timeout: timedelta) -> None:
-    """Makes the group of all processes that the launcher started; `backend` is gloo or nccl.
+def join(backend: str, timeout: timedelta, field: str = "parallel.timeout_seconds") -> None:
+    """Makes the group of all processes that the launcher started; `backend` is gloo or nccl, and
+    `field` sets the timeout.
 
     torchrun's workers share a store that outlives them, with the addresses of earlier, dead workers
     in it. Its count of restarts tells attempts apart on one host only: each host counts its own. So
@@ -41,7 +42,7 @@ def join(backend: str, timeout: timedelta) -> None:
     except RuntimeError as error:
         raise OutsideError(
             f"rank {os.environ['RANK']}: the processes of this run did not meet within "
-            f"parallel.timeout_seconds ({_line(error)})"
+            f"{field} ({_line(error)})"
         ) from error
 
 

@@ -45,9 +45,9 @@ def has_wandb_key() -> bool:
     return False
 
 
-def network_interface() -> str:
-    """Through which gloo or NCCL is told to speak, empty if neither is."""
-    return os.environ.get("GLOO_SOCKET_IFNAME") or os.environ.get("NCCL_SOCKET_IFNAME", "")
+def network_interfaces() -> tuple[str, str]:
+    """Through which gloo and NCCL are told to speak, empty if they are not."""
+    return os.environ.get("GLOO_SOCKET_IFNAME", ""), os.environ.get("NCCL_SOCKET_IFNAME", "")
 
 
 def visible_gpus() -> tuple[str, ...]:

@@ -120,6 +120,8 @@ class ClusterConfig:
             "fabric": self.most_nodes > 1,
             "host": self.device == "cuda",
         }
+        for name in self.links:
+            _known("links", name, LINKS)
         for name in LINKS:
             if needed[name] and name not in self.links:
                 raise InputError(
@@ -127,20 +129,19 @@ class ClusterConfig:
                     "bandwidth (bytes a second of a process, one way)"
                 )
         for name, link in self.links.items():
-            _known("links", name, LINKS)
             if not 0 <= link.latency < math.inf:
                 raise InputError(f"links.{name}.latency = {link.latency}: must be 0 or positive")
-            if not link.bandwidth > 0:
-                raise InputError(f"links.{name}.bandwidth = {link.bandwidth}: must be positive")
+            _positive(f"links.{name}.bandwidth", link.bandwidth)
 
     def _check_rates(self) -> None:
+        for name in self.rates:
+            _known("rates", name, KERNELS)
         for name in KERNELS:
             if name not in self.rates:
                 raise InputError(
                     f"rates.{name} is missing: give tokens, and flops measured at each of them"
                 )
         for name, rate in self.rates.items():
-            _known("rates", name, KERNELS)
             if not rate.tokens or len(rate.tokens) != len(rate.flops):
                 raise InputError(
                     f"rates.{name} has {len(rate.tokens)} tokens and {len(rate.flops)} flops: "

@@ -12,7 +12,7 @@ from longctx.config import apply_overrides
 from longctx.data.config import DataConfig
 from longctx.errors import InputError, OutsideError
 from longctx.plan.automatic import size_of_vocabulary
-from longctx.plan.clusters import ClusterConfig, load_cluster
+from longctx.plan.clusters import GIB, ClusterConfig, load_cluster
 from longctx.plan.prediction import predict
 from longctx.plan.record import as_record
 from longctx.plan.show import as_text
@@ -22,6 +22,8 @@ from longctx.train.settings import load_settings
 COMMAND = "longctx plan"
 LIKE = {"H200": "8xh200", "H100": "8xh100", "A100": "dgx-a100"}
 """Packaged clusters by a part of the names of their devices."""
+LIKE_MEMORY = 0.1
+"""How far theirs may be from what the file says."""
 PICTURES = ".png", ".svg", ".pdf"
 
 
@@ -100,12 +102,14 @@ def _cluster_here() -> str:
     if not torch.cuda.is_available():
         return "localhost"
     name = torch.cuda.get_device_name()
-    if "H200" in name and torch.cuda.device_count() == 1:
-        return "h200"
     found = next((cluster for part, cluster in LIKE.items() if part in name), "")
-    if not found:
+    if found == "8xh200" and torch.cuda.device_count() == 1:
+        found = "h200"
+    # An A100 may have half of that memory, a GH200 be no H200, and a part of a device less of all.
+    gib = torch.cuda.get_device_properties(0).total_memory / GIB
+    if not found or abs(gib / load_cluster(found).memory_gib - 1) > LIKE_MEMORY:
         raise InputError(
-            f"--cluster is not given, and none is known with devices like {name}; "
+            f"--cluster is not given, and none is known with devices like {name} of {gib:.0f} GiB; "
             "longctx doctor --measure writes one for this machine"
         )
     return found

@@ -81,6 +81,8 @@ def keep_freed_memory() -> bool:
 
 def _listed_peak(device_name: str, dtype: torch.dtype) -> float | None:
     """The peak from the table, None where it has none for the device, the type or TF32 products."""
+    if "MIG" in device_name:  # a part of a device
+        return None
     for name, half, single in PEAKS:
         if name in device_name:
             if dtype in (torch.bfloat16, torch.float16):

@@ -4,12 +4,16 @@ import fcntl
 import shutil
 import time
 from collections import namedtuple
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 from longctx.doctor import machine, services, storage, versions
+from longctx.doctor.command import local_checks
 from longctx.doctor.config_checks import checkpoint_bytes, config_fits
 from longctx.doctor.findings import Finding, as_record, as_text, exit_code, run_checks
 from longctx.doctor.known_bad import KNOWN_BAD, as_numbers
@@ -34,7 +38,9 @@ def test_a_check_that_fails_or_hangs_is_a_finding_and_the_others_run():
     def fine():
         return [Finding("ok", "a", "b")]
 
-    found = run_checks({"one": [broken, endless], "two": [fine]}, seconds=0.05)
+    checks = [broken, endless, partial(broken)]
+    found = run_checks({"one": checks, "two": [fine]}, seconds=0.05)
+    assert found.pop(2) == found[0]
     assert levels(found) == ["warning", "warning", "ok"]
     assert "check broken: failed (ValueError: no such thing)" in str(found[0])
     assert "check endless: no answer within 0.05 s" in str(found[1])
@@ -113,13 +119,13 @@ def test_a_gpu_that_torch_cannot_use_is_a_problem(monkeypatch):
     assert "no CUDA" in found.meaning
 
 
-def pretend_gpus(monkeypatch, count, capability=(9, 0), query=()):
+def pretend_gpus(monkeypatch, count, capability=(9, 0), query=(), built=("sm_75", "sm_90a")):
     properties = namedtuple("Properties", "name total_memory major minor")
     own = properties("NVIDIA H200", 141 * GIB, *capability)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: own)
-    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90a"])
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(built))
     monkeypatch.setattr(machine, "_query", lambda fields: list(query))
 
 
@@ -129,11 +135,29 @@ def test_gpus_are_told_with_memory_errors_parts_and_processes_without_one(monkey
     assert levels(found) == ["ok", "ok", "problem", "warning"]
     assert "GPU 0: NVIDIA H200, 141 GiB, 9.0" in found[0].found
     assert levels(machine.devices(4))[-1] == "problem"
+    pretend_gpus(monkeypatch, 1, query=["Unable to determine the device handle"])
+    assert levels(machine.devices(1)) == ["ok"]
 
 
 @pytest.mark.parametrize(("capability", "level"), [((7, 5), "warning"), ((6, 1), "problem")])
 def test_an_old_gpu_forbids_bf16_or_all(monkeypatch, capability, level):
     pretend_gpus(monkeypatch, 1, capability)
+    assert levels(machine.devices(1)) == [level]
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "level"),
+    [
+        ((10, 0), ("sm_80", "sm_90"), "problem"),
+        ((10, 0), ("sm_80", "sm_90a"), "problem"),
+        ((10, 0), ("sm_80", "compute_90"), "ok"),
+        ((12, 1), ("sm_90", "sm_120"), "ok"),
+        ((8, 9), ("sm_80", "sm_90"), "ok"),
+        ((8, 0), ("sm_86", "sm_90"), "problem"),
+    ],
+)
+def test_a_gpu_that_torch_was_not_built_for_is_a_problem(monkeypatch, capability, built, level):
+    pretend_gpus(monkeypatch, 1, capability, built=built)
     assert levels(machine.devices(1)) == [level]
 
 
@@ -169,8 +193,19 @@ def test_small_limits_are_told(monkeypatch):
 def test_an_interface_that_is_not_here_is_a_problem(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     assert "problem" not in levels(machine.network())
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nothere7")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,nothere7")
     assert levels(machine.network())[0] == "problem"
+
+
+@pytest.mark.parametrize(
+    ("told", "is_there"),
+    [("l", True), ("en,l", True), ("=lo", True), ("=l", False), ("en", False), ("^en", True)],
+)
+def test_nccl_is_told_beginnings_of_names(monkeypatch, told, is_there):
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setattr(machine.socket, "if_nameindex", lambda: [(1, "lo"), (2, "ib0")])
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", told)
+    assert levels(machine.network())[0] == ("ok" if is_there else "problem")
 
 
 def test_a_folder_is_tried_and_left_as_it_was(tmp_path):
@@ -179,6 +214,40 @@ def test_a_folder_is_tried_and_left_as_it_was(tmp_path):
     assert found[0].level == "ok"
     assert storage.write_speed(tmp_path, 2**20) > 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_too_slow_keeps_no_file(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(storage.os, "fsync", lambda _: seen.extend(tmp_path.iterdir()))
+    monkeypatch.setattr(
+        storage, "sync_path", lambda _: seen.extend(tmp_path.iterdir()), raising=False
+    )
+    storage.write_speed(tmp_path, 2**20)
+    assert seen == []
+
+
+def test_a_folder_that_cannot_be_made_is_a_problem(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    (found,) = storage.what_files_can(tmp_path / "file" / "run")
+    assert found.level == "problem"
+    assert "Not a directory" in found.meaning
+    monkeypatch.setattr(storage, "nearest_folder", mock.Mock(side_effect=PermissionError(13, "no")))
+    assert levels(storage.what_files_can(tmp_path / "run")) == ["problem"]
+
+
+def test_a_tilde_is_no_home_as_it_is_none_to_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert storage.nearest_folder(Path("~/run")) == tmp_path
+
+
+def test_room_is_that_of_the_checkpoints(tmp_path):
+    settings = load_settings("tiny")
+    elsewhere = replace(settings.checkpoint, dir=str(tmp_path / "kept"))
+    checks = local_checks(replace(settings, checkpoint=elsewhere), "")["storage"]
+    assert checks[-1].args[0] == tmp_path / "kept"
+    (found,) = storage.space_and_speed("s3://user:topsecret@bucket/x", "tiny", 1)
+    assert found.level == "note"
+    assert "topsecret" not in str(found)
 
 
 def test_a_folder_that_takes_no_files_is_a_problem(tmp_path, monkeypatch):

@@ -40,10 +40,11 @@ def on_host(rank, ranks, host):
         yield
 
 
-def examined(rank, folder, local=(), seconds=30):
+def examined(rank, folder, local=(), seconds=30, products=lambda: 1e9, device=CPU):
     with on_host(rank, 4, "ab"[rank // 2]):
         peers = links.Peers(CPU, seconds)
-        return crew.examine(peers, [*LOCAL, *local], Path(folder), 1e9)
+        peers.device = device
+        return crew.examine(peers, [*LOCAL, *local], Path(folder), products)
 
 
 def healthy_and_not(rank, folder):
@@ -65,6 +66,12 @@ def healthy_and_not(rank, folder):
     broken = mock.patch.object(links.Peers, "collectives", side_effect=RuntimeError("NCCL error"))
     with broken if rank == 1 else contextlib.nullcontext():
         found["failure"] = examined(rank, folder, seconds=2)
+    found["products"] = examined(rank, folder, products=lambda: 1e9 if rank != 2 else [][0])
+    found["device"] = examined(rank, folder, device=CPU if rank == 3 else torch.device("cuda"))
+    shut = Path(folder, "shut")
+    refuse = mock.patch.object(crew, "nearest_folder", side_effect=PermissionError(13, "denied"))
+    with refuse if rank == 1 else contextlib.nullcontext():
+        found["shut"] = examined(rank, shut)
     return found
 
 
@@ -78,7 +85,7 @@ def starts(found, words):
 
 def test_four_processes_on_two_hosts_agree_or_the_fault_is_named(tmp_path):
     ranks = run_gloo(4, healthy_and_not, str(tmp_path))
-    for name in ("healthy", "versions", "clock", "host", "failure"):
+    for name in ("healthy", "versions", "clock", "host", "failure", "products", "device", "shut"):
         assert all(text(found[name]) == text(ranks[0][name]) for found in ranks), name
     healthy = ranks[0]["healthy"]
     assert {finding.level for finding in healthy.findings} <= {"ok", "warning"}
@@ -93,6 +100,10 @@ def test_four_processes_on_two_hosts_agree_or_the_fault_is_named(tmp_path):
     assert starts(found["clock"], "warning the clock of b is 60.0 s off")
     assert starts(found["host"], "problem b: a disk: full")
     assert starts(found["failure"], "problem measuring collectives: failed: rank 1: NCCL error")
+    assert starts(found["products"], "problem measuring matrix products: failed: rank 2: list")
+    assert starts(found["device"], "problem GPUs on some ranks only: rank 3 on b has none")
+    assert not any("within a node" in line for line in text(found["device"]))
+    assert starts(found["shut"], f"problem {tmp_path}/shut cannot be written by all: rank 1: ")
     assert not list(tmp_path.glob(".doctor-*"))
 
 

@@ -2,10 +2,13 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 
+from longctx import host
 from longctx.cli import main
 from longctx.config import to_toml
 from longctx.doctor import command, measure, storage
@@ -22,6 +25,8 @@ from longctx.doctor.crew import (
 )
 from longctx.doctor.findings import Finding
 from longctx.doctor.measure import Machine, bench_of, provisional, solved, with_rates, work_of
+from longctx.errors import OutsideError
+from longctx.parallel import links
 from longctx.parallel.links import LinkTime
 from longctx.plan.clusters import KERNELS, load_cluster
 from longctx.plan.kernel_time import Compute
@@ -118,6 +123,8 @@ def test_a_problem_is_exit_code_1(tmp_path, capsys, monkeypatch):
         (["nowhere.toml"], "no such file or preset"),
         (["--timeout_seconds", "0"], "must be at least 1"),
         (["--measure", "--output", "no/such/file.toml"], "folder is not there"),
+        (["--measure", "--output", ""], "is a folder"),
+        (["--measure", "--output", "/"], "is a folder"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(argv, words, capsys):
@@ -131,9 +138,93 @@ def test_a_mistake_is_one_line_and_exit_code_2(argv, words, capsys):
 def test_a_file_that_cannot_be_written_is_a_problem(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(measure.Bench, "measure", lambda self: MACHINE)
-    (tmp_path / "folder").mkdir()
-    assert main(["doctor", "--measure", "--output", "folder"]) == 1
-    assert "folder: cannot be written (Is a directory)" in capsys.readouterr().out
+    (tmp_path / ".partial-here.toml").mkdir()
+    assert main(["doctor", "--measure", "--output", "here.toml"]) == 1
+    assert "here.toml: cannot be written (Is a directory)" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("quick")
+def test_measuring_that_fails_is_a_problem_beside_what_was_found(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    broken = mock.Mock(side_effect=RuntimeError("no\nkernel"))
+    monkeypatch.setattr(measure.Bench, "_pass", broken)
+    assert main(["doctor", "--measure", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)["findings"]
+    assert (found[-1]["found"], found[-1]["meaning"]) == ("measuring", "failed: no kernel")
+    assert len(found) > 10
+
+
+@pytest.mark.usefixtures("quick")
+def test_lengths_that_take_too_much_memory_are_left_out(bench, monkeypatch):
+    passes = measure.Bench._pass
+
+    def small_device(self, block, tokens):
+        if tokens > 64:
+            raise torch.OutOfMemoryError("full")
+        return passes(self, block, tokens)
+
+    monkeypatch.setattr(measure.Bench, "_pass", small_device)
+    assert {tuple(own) for own in bench.measure().rates.values()} == {("64",)}
+
+
+@pytest.mark.parametrize("precision", ["fp64", "fp32"])
+@pytest.mark.usefixtures("quick")
+def test_layers_are_timed_in_the_precision_of_the_config(monkeypatch, precision):
+    settings = load_settings("tiny")
+    train = replace(settings.train, precision=precision)
+    seen = set()
+    passes = measure.Bench._pass
+
+    def watched(self, block, tokens):
+        seen.update(weight.dtype for weight in block.parameters())
+        return passes(self, block, tokens)
+
+    monkeypatch.setattr(measure.Bench, "_pass", watched)
+    bench_of(CPU, replace(settings, train=train), own=True).measure()
+    assert seen == {{"fp64": torch.float64, "fp32": torch.float32}[precision]}
+
+
+def test_processes_meet_before_hosts_are_checked_and_a_report_comes_if_they_do_not(
+    monkeypatch, capsys
+):
+    order = []
+
+    def nobody(*_):
+        order.append("met")
+        raise OutsideError("nobody came")
+
+    def check():
+        order.append("checked")
+        return [FINDING]
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(command, "Peers", nobody)
+    monkeypatch.setattr(command, "local_checks", lambda settings, name: {"versions": [check]})
+    assert command.run(["--json"]) == 1
+    assert order == ["met", "checked"]
+    first, last = json.loads(capsys.readouterr().out)["findings"]
+    assert first == FINDING._asdict()
+    assert last["meaning"] == "failed: nobody came"
+
+
+def test_memory_is_what_the_control_group_allows(bench, monkeypatch, tmp_path):
+    (tmp_path / "memory.max").write_text(f"{2**30}\n")
+    monkeypatch.setattr(host, "GROUP", tmp_path)
+    cluster = cluster_of(MACHINE, None, bench)
+    assert (cluster.memory_gib, cluster.host_memory_gib) == (1.0, 1.0)
+
+
+def test_a_gpu_that_only_the_driver_counts_is_not_used(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command.device_here() == CPU
+
+
+def test_all_gathers_that_no_device_could_hold_are_left_out():
+    peers = SimpleNamespace(device=torch.device("cuda"), size=1024)
+    assert links.Peers._sizes(peers) == [2**20]
+    peers.size = 8
+    assert links.Peers._sizes(peers) == list(links.GATHERED["cuda"])
 
 
 def test_several_processes_become_a_cluster_with_links(bench, tmp_path):
@@ -155,8 +246,8 @@ def test_several_processes_become_a_cluster_with_links(bench, tmp_path):
 FINDING = Finding("ok", "x", "y", "versions")
 
 
-def facts(host="a", version="2.13", rate=1.0, findings=(FINDING,)):
-    return Facts(host, {"torch": version}, rate, list(findings))
+def facts(host="a", version="2.13", findings=(FINDING,)):
+    return Facts(host, {"torch": version}, "cpu", list(findings))
 
 
 def test_other_versions_on_a_rank_are_a_problem():
@@ -167,10 +258,11 @@ def test_other_versions_on_a_rank_are_a_problem():
 
 
 def test_the_rank_that_computes_most_slowly_is_named():
-    assert stragglers([facts(rate=1e9)] * 3)[0].level == "ok"
-    (found,) = stragglers([facts(rate=1e9), facts(rate=1e9), facts("b", rate=5e8)])
+    assert stragglers([1e9] * 3, "aab")[0].level == "ok"
+    (found,) = stragglers([1e9, 1e9, 5e8], "aab")
     assert found.level == "warning"
     assert "rank 2 at 50%" in found.found
+    assert found.meaning.endswith("on b")
 
 
 def test_what_only_some_hosts_have_names_them():
@@ -184,13 +276,19 @@ def test_pairs_and_tiers():
     many = pairs_of([host for host in "abcd" for _ in range(8)])
     assert {(0, 8), (8, 16), (7, 8), (0, 31)} <= set(many)
     assert len(many) < 40
-    links = {
+    hosts = [str(rank // 8) for rank in range(4096)]
+    near = [hosts[a] == hosts[b] for a, b in pairs_of(hosts)]
+    assert 64 < sum(near) <= 128
+    assert 64 < len(near) - sum(near) <= 128
+    in_turn = ["a", "b"] * 8
+    assert len({in_turn[i] for i, j in pairs_of(in_turn) if in_turn[i] == in_turn[j]}) == 2
+    measured = {
         (0, 1): LinkTime(1e-5, 4e9),
         (2, 3): LinkTime(3e-5, 1e9),
         (4, 5): LinkTime(1e-5, 4e9),
         (1, 2): LinkTime(1e-4, 1e9),
     }
-    tiers, found = tiers_of(links, ["a", "a", "b", "b", "c", "c"])
+    tiers, found = tiers_of(measured, ["a", "a", "b", "b", "c", "c"])
     assert tiers == {"node": LinkTime(1e-5, 4e9), "fabric": LinkTime(1e-4, 1e9)}
     assert [f.level for f in found] == ["warning", "ok"]
     assert "slowest ranks 2 and 3" in found[0].meaning

@@ -68,8 +68,8 @@ WRONG = {
     ),
     "bandwidth = 45e9": ("bandwidth = 0.0", "links.fabric.bandwidth = 0.0: must be positive"),
     "latency = 6e-6": ("latency = -1.0", "links.fabric.latency = -1.0: must be 0 or positive"),
-    "links.fabric": ("links.fabrik", "links.fabric is missing"),
-    "rates.matmul": ("rates.matmull", "rates.matmul is missing"),
+    "links.fabric": ("links.fabrik", "links.fabrik is not a known name; nearest: fabric"),
+    "rates.matmul": ("rates.matmull", "rates.matmull is not a known name; nearest: matmul"),
     "[links.host]": (
         "[links.nvme]\nlatency = 0.0\nbandwidth = 1.0\n\n[links.host]",
         "links.nvme is not a known name",
