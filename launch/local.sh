@@ -29,10 +29,9 @@ fi
 # From here on processes die with this one. A mistake is told once, before any of them trains.
 export LONGCTX_LAUNCHER=$$
 "$bin/longctx" check "${1:-}" "$processes" "${@:2}"
-free_port='import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 export WORLD_SIZE=$processes LOCAL_WORLD_SIZE=$processes
 export MASTER_ADDR=127.0.0.1 MASTER_PORT GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
-MASTER_PORT=$("$bin/python" -c "$free_port")
+MASTER_PORT=$("$bin/python" -m longctx.launch.ports)
 echo "+ RANK=0..$((processes - 1)) WORLD_SIZE=$processes MASTER_ADDR=$MASTER_ADDR" \
     "MASTER_PORT=$MASTER_PORT ${command[*]@Q}"
 ranks=()

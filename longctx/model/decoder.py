@@ -212,6 +212,8 @@ class Decoder(nn.Module):
             for name, loss in losses.items():
                 by_name.setdefault(name, []).append(loss)
             statistics |= {f"{layer}.{name}": value for name, value in sums.items()}
+        if view.shelf:
+            view.shelf.clear()  # graphs hold views: else the last keys and values would stay
         means = {name: torch.stack(losses).mean() for name, losses in by_name.items()}
         hidden_MD = self._before_head(x_BTD).flatten(0, 1)
         weight_VD = self.head.weight

@@ -48,3 +48,11 @@ def growing_matrices(module: nn.Module) -> set[str]:
         f"{name}.up.weight" for name, part in module.named_modules() if isinstance(part, LowRank)
     }
     return hidden_matrices(module).keys() - fixed
+
+
+def thin_matrices(module: nn.Module) -> set[str]:
+    """Names of growing matrices with a side that never widens: those into a low rank, and those of
+    each head."""
+    thin = {n: "down.weight" for n, part in module.named_modules() if isinstance(part, LowRank)}
+    thin |= {n: "weight" for n, part in module.named_modules() if isinstance(part, PerHead)}
+    return growing_matrices(module) & {f"{name}.{weight}" for name, weight in thin.items()}

@@ -6,11 +6,13 @@ rounded are. M tokens are in flight on a process, N pieces of documents. Formula
 keep, as the views of one process or of several call them. Layers of other kinds are run.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from longctx.mixers import Place
+from longctx.mixers.attention import AttentionConfig
 from longctx.model.block import Block
 from longctx.model.decoder import ModelConfig, build_block
 from longctx.model.in_flight import DTYPES, Batch
@@ -28,6 +30,7 @@ __all__ = [
     "of_ends",
     "of_hollow",
     "of_model",
+    "of_shelf",
 ]
 
 
@@ -93,10 +96,38 @@ def of_ends(config: ModelConfig, vocab_size: int, batch: Batch) -> int:
     return hidden * batch.wide + (hidden + vocab_size * config.width) * batch.narrow
 
 
+def of_shelf(
+    config: ModelConfig, memory: MemoryConfig, blocks: Mapping[str, Block], batch: Batch
+) -> dict[int, int]:
+    """Of keys and values that wait for later layers and that no layer counts, by the number of the
+    layer that makes them; `blocks` has one of each letter."""
+    found: dict[int, int] = {}
+    maker = 0
+    for number, letter in enumerate(config.letters):
+        outer = config.mixers.get(letter)
+        mixer = getattr(outer, "inner", outer)
+        if not isinstance(mixer, AttentionConfig):
+            continue
+        if mixer.reuses == "nothing":
+            maker = number
+            continue
+        # One process keeps them once, by whichever layer; several lay out their own for a core.
+        is_again = memory.of_layer(letter) != "none"
+        if is_again if batch.split else memory.of_layer(config.letters[maker]) != "none":
+            made: Any = blocks[config.letters[maker]].mixer
+            made = getattr(made, "inner", made)
+            each = batch.total * made.num_kv_heads * made.size * batch.narrow
+            both = is_again or mixer.reuses == "keys and values"
+            found[maker] = max(found.get(maker, 0), each * (1 + both))
+    return found
+
+
 def of_model(config: ModelConfig, vocab_size: int, memory: MemoryConfig, batch: Batch) -> int:
     """Of all layers, embedding and head."""
     by_letter = {a: of_block(config, a, memory, batch) for a in set(config.letters)}
-    return sum(by_letter[a] for a in config.letters) + of_ends(config, vocab_size, batch)
+    total = sum(by_letter[a] for a in config.letters) + of_ends(config, vocab_size, batch)
+    blocks = {a: hollow_block(config, config.letters.index(a)) for a in by_letter}
+    return total + sum(of_shelf(config, memory, blocks, batch).values())
 
 
 def _feed_forward(mlp: Any, width: int, batch: Batch) -> int:

@@ -83,9 +83,9 @@ def attending(
         none += batch.rows * batch.segments * left * pair
         halo = batch.arriving(left) * pair
     # Cores of several ranks lay heads out first: a map that follows has its own copy, and of what
-    # comes back from a trade a gate too.
+    # comes back from a trade a gate too; one head alone lies so already.
     is_copied = reader == "map" and batch.split and not (window and batch.on_gpu)
-    if is_copied or (group > 1 and reader != "copy"):
+    if (is_copied and size.heads > 1) or (group > 1 and reader != "copy"):
         none += whole.total * size.heads * size.value_dim * a
     return Saved(order, order + results + halo, order + none)
 

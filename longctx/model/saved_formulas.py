@@ -78,8 +78,10 @@ def _moh(mixer: MoH, width: int, batch: Batch) -> Saved:
     E, S, inner = mixer.routed_heads, config.shared_heads, mixer.inner
     maps = 1 + (S > 0) + (S > 1)
     total = M * width * a * maps if a < w else 0
-    # Probabilities, which are chosen, their weights before and after the division; its divisor.
-    total += M * (w if config.router_noise else a) * (4 * E + 1)
+    # Probabilities, which are chosen, their weights before the division; its divisor; weights after
+    # it, which without shared heads are rounded.
+    weights = w if config.router_noise else a
+    total += M * (weights * (3 * E + 1) + (weights if S else a) * E)
     if S:
         # How the groups are weighed, before and after the 2; shared gates alike; all gates.
         total += M * a * (2 * 2 + (2 * S if S > 1 else 1) + S + E)

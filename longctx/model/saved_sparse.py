@@ -57,10 +57,12 @@ def _survivors(mixer: LTE, batch: Batch, plan: Plan) -> Saved:
     if everyone > 1:
         sent = min(rule.capacity, T)
         entering = min(rule.capacity, everyone * sent)
-        # Keys by slot; which of them are sent, and enter; what all segments send, for each own one;
-        # which place each key gets, and keys before and after that.
+        # Keys by slot; which of them are sent, and enter; what all segments send, for each own one,
+        # but one copy of a single row and key head; which place each key gets, and keys before and
+        # after that.
         none += lanes * J * pair * (slots * a + (sent + entering) * INDEX)
-        none += lanes * J * everyone * sent * pair * a
+        shown = lanes if plan.rows * J > 1 else 1
+        none += shown * J * everyone * sent * pair * a
         slots += entering
         none += lanes * J * slots * pair * (a + INDEX)
         keep += everyone * plan.rows * J * sent * (pair * a + w + INDEX)

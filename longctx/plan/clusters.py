@@ -131,7 +131,8 @@ class ClusterConfig:
         for name, link in self.links.items():
             if not 0 <= link.latency < math.inf:
                 raise InputError(f"links.{name}.latency = {link.latency}: must be 0 or positive")
-            _positive(f"links.{name}.bandwidth", link.bandwidth)
+            if not link.bandwidth > 0:
+                raise InputError(f"links.{name}.bandwidth = {link.bandwidth}: must be positive")
 
     def _check_rates(self) -> None:
         for name in self.rates:

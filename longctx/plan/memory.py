@@ -7,11 +7,11 @@ comes and goes in between is estimated.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from longctx.model.in_flight import Batch
 from longctx.model.loss import CHUNK_ELEMENTS
-from longctx.model.saved_bytes import of_ends
+from longctx.model.saved_bytes import of_ends, of_shelf
 from longctx.plan.memory_layers import Passing, in_flight, passing
 from longctx.plan.memory_state import Engine, Held
 from longctx.plan.sizes import HollowLayer, HollowModel, hollow_model
@@ -24,6 +24,8 @@ COPIES_OF_LOGITS = 3
 """Logits, their softmax and its gradient, in the precision of the loss."""
 TABLES = 40
 """Bytes of a token's id, label, two positions and key of random numbers."""
+FOUND = 9
+"""Bytes of where a token's row is in a share of the embedding, and of whether it is there."""
 UNDER_WAY = 2
 """Inputs of layers on their way to the host, or from there."""
 
@@ -105,11 +107,16 @@ class _Walk:
             for layer, _ in hollow.layers()
         }
         self.each: list[tuple[Passing, Held]] = [known[id(layer)] for layer in layers.values()]
+        blocks = {layer.letter: layer.block for layer in layers.values()}
+        for number, size in of_shelf(model, memory, blocks, batch).items():
+            found, held = self.each[number]
+            self.each[number] = replace(found, mixing=found.mixing + size), held
         self.outside = engine.of_outside(hollow.outside)
         self.held = self.outside
         for layer, count in hollow.layers():
             self.held = self.held.plus(known[id(layer)][1].times(count))
         self.ends = of_ends(model, hollow.outside[0].shape[0], batch)
+        self.ends += FOUND * batch.total if parts > 1 else 0
         self.waiting = sum(found.on_host for found, _ in self.each)
         self.weights_here = memory.weights == "device"
         self.optimizer_here = memory.optimizer == "device"

@@ -135,8 +135,9 @@ class Engine:
         elements of the largest matrix."""
         split, muon = self.work.split, 0
         if self.work.settings.optim.kind == "muon":
-            # One matrix arrives, is computed and leaves while the next one arrives.
-            muon = 6 * largest * (2 if self.work.precision == "bf16" else self._width)
+            # One matrix arrives, is computed and leaves while the next arrives: counted, 8 times
+            # the largest, or 9 if that is square.
+            muon = 9 * largest * (2 if self.work.precision == "bf16" else self._width)
         if split.engine == "none" and split.dp * split.sp > 1:
             # All gradients in one message, and their sum.
             return max(muon, 2 * held.gradients)

@@ -28,16 +28,18 @@ def update_seconds(work: Workload, cluster: ClusterConfig) -> float:
 
 
 def muon_seconds(work: Workload, cluster: ClusterConfig) -> float:
-    """Newton-Schulz iterations of this process's share of the matrices, three products each."""
+    """Newton-Schulz iterations of the process that has most to do, three products each: its share
+    of all matrices, or the largest where there are more processes than matrices."""
     if work.settings.optim.kind != "muon":
         return 0.0
-    split, flops, largest = work.split, 0, 1
+    split, total, most, largest = work.split, 0, 0, 1
     model = hollow_model(work.settings.model, work.vocab_size, (0, 1))
     for layer, count in model.layers():
         for shape in (w.shape for w in layer.weights if w.is_hidden_matrix):
             small, large = sorted(shape[-2:])
-            flops += count * prod(shape[:-2]) * (4 * small**2 * large + 2 * small**3)
+            flops = prod(shape[:-2]) * (4 * small**2 * large + 2 * small**3)
+            total, most = total + count * flops, max(most, flops)
             largest = max(largest, large)
     holders = split.dp * split.sp * split.tp // split.replicas
     rate = cluster.rate("matmul", largest, work.precision)
-    return work.settings.optim.ns_steps * flops / holders / rate
+    return work.settings.optim.ns_steps * max(total / holders, most) / rate

@@ -9,7 +9,7 @@ from torch import nn
 
 from longctx.errors import InputError
 from longctx.model.decoder import Decoder
-from longctx.model.matrices import growing_matrices, hidden_matrices
+from longctx.model.matrices import growing_matrices, hidden_matrices, thin_matrices
 from longctx.parallel.muon import Muon, Wholes
 
 
@@ -73,12 +73,15 @@ def build_optimizer(
     """
     by_muon = set(muon_names(model)) if config.kind == "muon" else set[str]()
     narrowing, growing = model.config.narrowing, growing_matrices(model)
+    thin = thin_matrices(model)
     own: list[dict[str, Any]] = []
     others: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         share = narrowing if name in growing else 1.0
         if name in by_muon:
-            own.append({"params": [parameter], "lr": config.lr, "lr_share": share**0.5})
+            # An orthogonal change of a thin matrix grows with the longer side alone.
+            own_share = share if name in thin else share**0.5
+            own.append({"params": [parameter], "lr": config.lr, "lr_share": own_share})
         else:
             is_plain = parameter.dim() < 2 or parameter is model.embedding.weight
             others.setdefault((is_plain, share), []).append(parameter)

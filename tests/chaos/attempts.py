@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from longctx.cli import main
+from longctx.launch.ports import free_port
 from longctx.orphans import LAUNCHER, signal_when_parent_dies
-from tests.train.processes import free_port
 
 ROOT = Path(__file__).parents[2]
 MARK = "LONGCTX_CHAOS"

@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from longctx.launch.ports import free_port
 from longctx.orphans import signal_when_parent_dies
-from tests.train.processes import free_port
 
 NODES = 4
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch")

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from longctx.config import to_toml
+from longctx.launch.ports import free_port
 from tests.cluster.test_local_launch import ROOT, wait_for_steps
 from tests.train.conftest import corpus, rows, settings  # noqa: F401
-from tests.train.processes import free_port, run
+from tests.train.processes import run
 
 STEPS = {"train__steps": 40, "checkpoint__every": 5, "parallel__timeout_seconds": 20}
 

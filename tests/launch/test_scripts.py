@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.processes import free_port
+from longctx.launch.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = 'it\'s $(touch x); `touch x` "q" a\\b\n#*'
@@ -22,7 +22,7 @@ printf '\\0' >> "words-${RANK:-0}"
 exit 0
 """
 PYTHON = """#!/bin/bash
-[[ $1 == -c ]] && echo 29999 && exit
+[[ $* == "-m longctx.launch.ports" ]] && echo 29999 && exit
 printf '%s\\0' "$@" > agent
 [[ ${STOPS:-} ]] && echo step-3 > "$LONGCTX_STOPPED_FILE"
 exit 0

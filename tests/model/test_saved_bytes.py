@@ -43,10 +43,13 @@ MIXERS = {
     "softmax, window": GROUPED | {"window": 9, "qk_norm": False, "rope_fraction": 0.5},
     "softmax, gate": {"kind": "softmax", "num_heads": 4, "gate": "sigmoid", "rope_fraction": 0.0},
     "softmax, long window": GROUPED | {"window": 33},
+    "softmax, one head": {"kind": "softmax", "num_heads": 1},
     "moh": {"kind": "moh", "inner": GROUPED, "shared_heads": 1, "active_heads": 2},
     "moh, shared": {"kind": "moh", "inner": GROUPED | {"window": 9, "gate": "sigmoid"}}
     | {"shared_heads": 2, "router_noise": 0.5},
     "moh, all routed": {"kind": "moh", "inner": GROUPED, "shared_heads": 0},
+    "moh, all routed, noise": {"kind": "moh", "inner": GROUPED, "shared_heads": 0}
+    | {"active_heads": 4, "router_noise": 1.0},
     "lte": {"kind": "lte", "num_heads": 4, "num_kv_heads": 2, "capacity": 8, "window": 9},
     "lte, one key": {"kind": "lte", "num_heads": 4, "num_kv_heads": 1, "capacity": 60}
     | {"window": 30, "gate": "sigmoid", "qk_norm": False, "rope_fraction": 0.5},
@@ -122,12 +125,16 @@ def test_a_layer_keeps_what_its_formula_says(name):
 def test_a_layer_of_several_ranks_keeps_what_its_formula_says(name):
     """tests/plan compares the same with real ranks."""
     config = config_of(MIXERS[name], without_mlp="M")
-    for number, (ranks, rank, kind, transports) in enumerate(SPLITS):
-        precision, widths = ("fp32", "bf16")[number == 3], WIDTHS["fp32"]
-        share = Share(rank, place(kind, ranks, 24 * ranks, transports.heads), 2, transports, widths)
-        batch = Batch(2, 24, precision, share=share)
+    mixer = config.mixers["M"]
+    for number, (ranks, rank, kind, transports) in enumerate((SPLITS[0], *SPLITS)):
+        if mixer.refusal(transports):
+            continue
+        precision, widths, rows = ("fp32", "bf16")[number == 4], WIDTHS["fp32"], 1 + (number > 0)
+        placement = place(kind, ranks, 24 * ranks, transports.heads)
+        share = Share(rank, placement, rows, transports, widths)
+        batch = Batch(rows, 24, precision, share=share)
         for policy in POLICIES:
-            layer = Layer(config.mixers["M"], Place(WIDTH, 0, 1), policy)
+            layer = Layer(mixer, Place(WIDTH, 0, 1), policy)
             wanted = saved_by_running(layer, batch)
             found = of_block(config, "M", MemoryConfig(checkpointing=policy), batch)
             assert found == wanted, (share, policy)
@@ -182,6 +189,30 @@ def test_a_model_keeps_the_sum_of_its_parts(policy, precision):
         alive = allocations.alive() - losses.cross_entropy.untyped_storage().nbytes()
     assert of_model(config, VOCABULARY, memory, batch) == alive
     assert of_ends(config, VOCABULARY, batch) > 0
+
+
+SHARED = {
+    "S": GROUPED,
+    "V": GROUPED | {"reuses": "values"},
+    "K": GROUPED | {"reuses": "keys and values"},
+    "L": MIXERS["linear"],
+}
+
+
+@pytest.mark.parametrize("pattern", ["SV", "SVLKS", "SLKV", "SKSVL"])
+@pytest.mark.parametrize("policies", ["none", "full", "keep", "full none", "none keep"])
+def test_keys_that_layers_share_are_kept_once(pattern, policies):
+    maker, reader = (2 * policies.split())[:2]
+    config = config_of(GROUPED, pattern=pattern, depth=len(pattern), mixers=SHARED)
+    layers = {letter: maker if letter in "SL" else reader for letter in set(pattern)}
+    memory, batch = MemoryConfig(layers=layers), Batch(2, 48)
+    model = Decoder(config, VOCABULARY, memory)
+    tokens_BT, view = torch.zeros(2, 48, dtype=torch.long), LocalView.whole(2, 48)
+    with Allocations() as allocations:
+        losses = model(tokens_BT, tokens_BT, view)
+        alive = allocations.alive() - losses.cross_entropy.untyped_storage().nbytes()
+    table = 16  # where documents end, of a view with a shelf
+    assert 0 <= alive - of_model(config, VOCABULARY, memory, batch) <= table
 
 
 def test_hooks_of_saved_tensors_count_the_same():

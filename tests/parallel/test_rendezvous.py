@@ -7,8 +7,9 @@ import torch
 import torch.distributed as dist
 
 from longctx.errors import InputError, OutsideError
+from longctx.launch.ports import free_port
 from longctx.parallel.rendezvous import join
-from tests.train.processes import exit_codes, free_port
+from tests.train.processes import exit_codes
 
 pytestmark = pytest.mark.alone
 

@@ -291,6 +291,14 @@ def test_muon_adds_the_products_of_its_iterations():
     assert step_time(muon, CLUSTER).optimizer > step_time(plain, CLUSTER).optimizer
 
 
+def test_a_matrix_has_one_process_however_many_there_are():
+    few, many, more = (
+        work(n, pattern="-S", parallel={"sp": n}, optim={"kind": "muon"}) for n in (2, 16, 32)
+    )
+    assert muon_seconds(few, CLUSTER) > muon_seconds(many, CLUSTER)
+    assert muon_seconds(many, CLUSTER) == muon_seconds(more, CLUSTER)
+
+
 def test_every_mixer_has_a_time_under_every_split_that_it_allows():
     shown = 0
     for config in (config for _, config in all_variants()):

@@ -84,6 +84,19 @@ def test_what_processes_hold_of_any_preset_is_as_predicted(ranks, policies):
     agreed(ranks, fresh(works) if ranks == 4 else works)
 
 
+def with_shared_keys(policy: str) -> list[tuple[str, Workload]]:
+    """A model of which a layer takes the keys of another, and no layer those of the last."""
+    work = work_of("340m", 4, policy)
+    mixers = {"S": {"kind": "softmax", "num_heads": 4, "num_kv_heads": 2}}
+    mixers |= {
+        "K": mixers["S"] | {"reuses": "keys and values"},
+        "L": MIXERS["L"] | {"num_heads": 4},
+    }
+    table = {"width": 32, "depth": 4, "pattern": "SKSL", "mixers": mixers}
+    settings = replace(work.settings, model=decode(ModelConfig, table, path="model"))
+    return [(f"shared keys {policy}", replace(work, settings=settings))]
+
+
 @pytest.mark.cluster
 @pytest.mark.alone
 def test_other_ways_to_spread_hold_what_is_predicted():
@@ -94,7 +107,15 @@ def test_other_ways_to_spread_hold_what_is_predicted():
     works += some("340m", 4, "keep", parallel={"engine": "none"})
     works += some("340m olmo-hybrid-7b", 4, "none", parallel={"heads": 2, "prefix": "ulysses"})
     works += some("gdn-h2 340m", 4, "none", parallel={"prefix": "scan", "stream": "ring"})
+    works += with_shared_keys("none") + with_shared_keys("full")
     agreed(4, works)
+
+
+@pytest.mark.cluster
+@pytest.mark.alone
+def test_processes_that_share_heads_hold_what_is_predicted():
+    shared = {"sp": 1, "tp": 2, "engine": "none"}
+    agreed(2, some("340m tiny", 2, "none", parallel=shared, optim={"kind": "muon"}))
 
 
 def test_shares_of_the_optimizer_make_up_the_whole():

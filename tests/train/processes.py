@@ -2,22 +2,15 @@
 
 import faulthandler
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable
 
 import torch
 
+from longctx.launch.ports import free_port
 from longctx.train.settings import Settings
 from longctx.train.trainer import train
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def start(
@@ -73,7 +66,7 @@ def exit_codes(children: list[int], seconds: float = 60) -> list[int]:
         else:
             os.kill(child, 9)
             os.waitpid(child, 0)
-            raise TimeoutError(f"process {child} did not end within {seconds} s")
+            raise TimeoutError(f"process {child} did not end within {seconds} s; others: {codes}")
     return codes
 
 

@@ -7,9 +7,10 @@ import torch
 
 from longctx.errors import InputError
 from longctx.mixers.gla import GLAConfig
+from longctx.mixers.mosa import MosaConfig
 from longctx.mixers.softmax import SoftmaxConfig
 from longctx.model.decoder import Decoder, ModelConfig, initialise
-from longctx.model.matrices import growing_matrices, hidden_matrices
+from longctx.model.matrices import growing_matrices, hidden_matrices, thin_matrices
 from longctx.parallel import Mesh, ParallelConfig, resolve
 from longctx.parallel.engine import Replicated
 from longctx.parallel.matrices import spread
@@ -21,16 +22,17 @@ VOCABULARY, LENGTH, BASE = 64, 16, 32
 WIDE = 128
 
 
-def config(width: int, base_width: int, **fields: Any) -> ModelConfig:
+def config(width: int, base_width: int, pattern: str = "GS", **fields: Any) -> ModelConfig:
     heads = width // 16
     mixers = {
         "S": SoftmaxConfig(num_heads=heads, head_dim=16),
         "G": GLAConfig(num_heads=heads, head_dim=16),
+        "R": MosaConfig(num_heads=heads, head_dim=16, sparsity=2, group=8),
     }
     return ModelConfig(
         width=width,
         depth=2,
-        pattern="GS",
+        pattern=pattern,
         mixers=mixers,
         mlp_hidden=2 * width,
         base_width=base_width,
@@ -94,6 +96,34 @@ def test_nothing_grows_with_the_width(kind):
         assert 0.55 < wide[name] / value < 1.5, name
 
 
+def moved(width: int, kind: str) -> dict[str, float]:
+    """Root mean square of what three steps' change of each matrix makes of its input."""
+    engine = engine_of(config(width, BASE, "GR"), OptimConfig(kind=kind))
+    growing = growing_matrices(engine.model)
+    weights = {name: p for name, p in engine.model.named_parameters() if name in growing}
+    first = {name: weight.detach().clone() for name, weight in weights.items()}
+    seen: dict[str, torch.Tensor] = {}
+    for name in weights:
+        engine.model.get_submodule(name.removesuffix(".weight")).register_forward_hook(
+            lambda _m, given, _out, n=name: seen.update({n: given[0].detach()})
+        )
+    train(engine, 0.02)
+    found = {}
+    for name, given in seen.items():
+        change = weights[name].detach() - first[name]
+        made = given @ (change if change.dim() == 3 else change.T)
+        found[name] = float(made.square().mean().sqrt())
+    return found
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_what_the_change_of_a_matrix_does_to_its_input_does_not_grow(kind):
+    narrow, wide = moved(BASE, kind), moved(16 * BASE, kind)
+    assert {"blocks.0.mixer.decay.down.weight", "blocks.1.mixer.query.weight"} <= narrow.keys()
+    for name, value in narrow.items():
+        assert wide[name] / value < 1.3, name
+
+
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_without_it_all_grows(kind):
     narrow, wide = figures(BASE, 0, kind), figures(WIDE, 0, kind)
@@ -124,13 +154,17 @@ def test_first_weights_of_growing_matrices_shrink_and_others_do_not():
 
 @pytest.mark.parametrize(("kind", "share"), [("adamw", 0.25), ("muon", 0.5)])
 def test_rates_of_growing_matrices_shrink_and_decay_as_much_in_a_step(kind, share):
-    model = Decoder(config(128, BASE), VOCABULARY)
+    model = Decoder(config(128, BASE, "GR"), VOCABULARY)
+    thin = thin_matrices(model)
+    assert {"blocks.0.mixer.decay.down.weight", "blocks.1.mixer.query.weight"} <= thin
+    assert "blocks.0.mixer.query.weight" not in thin
     wholes = engine_of(model.config, OptimConfig(kind="muon")).optimizer._wholes
     optimizer = build_optimizer(model, OptimConfig(kind=kind, weight_decay=0.3), wholes)
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         group = groups[id(parameter)]
-        assert group["lr_share"] == (share if name in growing_matrices(model) else 1.0), name
+        expected = share if name in growing_matrices(model) else 1.0
+        assert group["lr_share"] == (0.25 if name in thin else expected), name
         decays = parameter.dim() > 1 and name != "embedding.weight"
         assert group["lr_share"] * group["weight_decay"] == (0.3 if decays else 0.0), name
 
