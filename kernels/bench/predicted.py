@@ -1,12 +1,12 @@
 """What `longctx plan` foretells of steps on this device, beside steps that were taken.
 
-    python kernels/bench/predicted.py [--config 340m] [--lengths 4096,16384,65536] [--out FILE]
+    python kernels/bench/predicted.py [--config 340m] [--lengths 4096,16384,65536] [--processes 1]
 
-`longctx doctor CONFIG --measure` first measures the device. Then each length is trained for some
-steps, in a process of its own, and the median time of a step and the peak of memory stand beside
-the plan's. Ends with 1 if a time is further off than 20 %, or on a GPU a peak than 10 %. On a CPU
-peaks are not compared: they are mostly Python and torch, and a plan counts tensors. Seconds are of
-a clock: measure and train while nothing else runs.
+`longctx doctor CONFIG --measure` first measures the devices, and links if there are several. Then
+each length is trained for some steps, one sequence over all processes, and the median time of a
+step and the peak of memory stand beside the plan's. Ends with 1 if a time is further off than 20 %,
+or on a GPU a peak than 10 %. On a CPU peaks are not compared: they are mostly Python and torch, and
+a plan counts tensors. Seconds are of a clock: measure and train while nothing else runs.
 """
 
 import argparse
@@ -27,6 +27,15 @@ sys.path[:0] = PATHS
 import torch  # noqa: E402
 from report import machine, table, verdict  # noqa: E402
 
+from longctx.config import apply_overrides  # noqa: E402
+from longctx.launch.ports import free_port  # noqa: E402
+from longctx.plan.automatic import size_of_vocabulary  # noqa: E402
+from longctx.plan.clusters import load_cluster  # noqa: E402
+from longctx.plan.costs import step_time  # noqa: E402
+from longctx.plan.memory import memory_of  # noqa: E402
+from longctx.plan.workload import workload  # noqa: E402
+from longctx.train.settings import load_settings  # noqa: E402
+
 SETTLING = 2
 """First steps, which are not timed."""
 BARS = {"time": 0.2, "memory": 0.1}
@@ -43,52 +52,62 @@ class Found:
     peak_bytes: float
 
 
-def options_of(length: int, steps: int) -> list[str]:
-    """What makes a short run of any config."""
-    train = {"seq_len": length, "batch_size": 1, "steps": steps}
-    words = [word for name, value in train.items() for word in (f"--train.{name}", str(value))]
-    return [*words, "--eval.sequences", "1", "--eval.every", str(steps)]
+@dataclass(frozen=True)
+class Runs:
+    """How short runs are made."""
+
+    config: str
+    steps: int
+    processes: int
+    folder: Path
+
+    def options(self, length: int) -> list[str]:
+        """One sequence a step, over all processes."""
+        train = {"seq_len": length, "batch_size": 1, "steps": self.steps}
+        words = [word for name, value in train.items() for word in (f"--train.{name}", str(value))]
+        words += ["--parallel.sp", str(self.processes)]
+        return [*words, "--eval.sequences", "1", "--eval.every", str(self.steps)]
+
+    def longctx(self, *words: str) -> None:
+        """A command, in processes of their own; on a CPU each of one thread."""
+        common = os.environ | {"PYTHONPATH": os.pathsep.join(PATHS)}
+        if not torch.cuda.is_available():
+            common["OMP_NUM_THREADS"] = "1"
+        if self.processes > 1:
+            common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+            common |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(self.processes))
+        started = []
+        for rank in range(self.processes):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if self.processes > 1 else {}
+            call, said = [sys.executable, "-m", "longctx", *words], subprocess.PIPE
+            streams = {"stdout": subprocess.DEVNULL, "stderr": said, "text": True}
+            started.append(subprocess.Popen(call, env=common | own, **streams))
+        said = [process.communicate()[1] for process in started]
+        if code := max(process.returncode for process in started):
+            sys.exit(f"longctx {' '.join(words)} ended with {code}:\n{''.join(said)[-3000:]}")
+
+    def measured(self, length: int) -> Found:
+        """The median step of a training, and the most that any of them took."""
+        run = self.folder / f"length-{length}"
+        self.longctx("train", self.config, *self.options(length), "--run.dir", str(run))
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        taken = [row for row in rows if "seconds" in row][SETTLING:]
+        peak = max(row["peak_memory_bytes"] for row in taken)
+        return Found(median(row["seconds"] for row in taken), peak)
+
+    def foretold(self, length: int, cluster_file: Path) -> Found:
+        """The plan of the same."""
+        settings = apply_overrides(
+            load_settings(self.config), self.options(length), "longctx train"
+        )
+        precision = settings.train.resolve_precision(settings.train.resolve_device())
+        vocab_size = size_of_vocabulary(settings.data)
+        work = workload(settings, self.processes, vocab_size, precision)
+        memory = memory_of(work, 0, torch.cuda.is_available())
+        return Found(step_time(work, load_cluster(str(cluster_file))).total, memory.device)
 
 
-def longctx(*words: str) -> None:
-    """A command in a process of its own; on a CPU of one thread, as `--measure` has it."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(PATHS)}
-    if not torch.cuda.is_available():
-        environment["OMP_NUM_THREADS"] = "1"
-    call = [sys.executable, "-m", "longctx", *words]
-    done = subprocess.run(call, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        sys.exit(f"longctx {' '.join(words)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
-
-
-def measured(config: str, length: int, steps: int, folder: Path) -> Found:
-    """The median step of a training, and the most that any of them took."""
-    run = folder / f"length-{length}"
-    longctx("train", config, *options_of(length, steps), "--run.dir", str(run))
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    taken = [row for row in rows if "seconds" in row][SETTLING:]
-    peak = max(row["peak_memory_bytes"] for row in taken)
-    return Found(median(row["seconds"] for row in taken), peak)
-
-
-def foretold(config: str, length: int, cluster_file: Path) -> Found:
-    """The plan of one process."""
-    from longctx.config import apply_overrides
-    from longctx.plan.automatic import size_of_vocabulary
-    from longctx.plan.clusters import load_cluster
-    from longctx.plan.costs import step_time
-    from longctx.plan.memory import memory_of
-    from longctx.plan.workload import workload
-    from longctx.train.settings import load_settings
-
-    settings = apply_overrides(load_settings(config), options_of(length, 1), "longctx train")
-    precision = settings.train.resolve_precision(settings.train.resolve_device())
-    work = workload(settings, 1, size_of_vocabulary(settings.data), precision)
-    memory = memory_of(work, 0, torch.cuda.is_available())
-    return Found(step_time(work, load_cluster(str(cluster_file))).total, memory.device)
-
-
-def report(config: str, lengths: list[int], pairs: list[tuple[Found, Found]]) -> tuple[str, bool]:
+def report(what: str, lengths: list[int], pairs: list[tuple[Found, Found]]) -> tuple[str, bool]:
     """A table with a line for each length, and whether all errors are within the bars."""
     on_gpu, rows, errors = torch.cuda.is_available(), [], {"time": [0.0], "memory": [0.0]}
     for length, (plan, step) in zip(lengths, pairs, strict=True):
@@ -104,10 +123,10 @@ def report(config: str, lengths: list[int], pairs: list[tuple[Found, Found]]) ->
     judged = BARS if on_gpu else {"time": BARS["time"]}
     worst = {name: max(map(abs, errors[name])) for name in judged}
     is_met = {name: worst[name] <= bar for name, bar in judged.items()}
-    device = torch.cuda.get_device_name() if on_gpu else "the CPU, one thread"
+    device = torch.cuda.get_device_name() if on_gpu else "the CPU, one thread each"
     lines = [
         "# Steps as planned and as taken",
-        f"Config {config}, one sequence a step, on {device}. {machine()}",
+        f"{what}, one sequence a step, on {device}. {machine()}",
         table(header, rows),
         *(
             verdict(f"{name} off by {worst[name]:.0%} at most, bar {bar:.0%}", is_met[name], True)
@@ -124,15 +143,18 @@ def main() -> None:
     parser.add_argument("--config", default=config)
     parser.add_argument("--lengths", default=lengths)
     parser.add_argument("--steps", type=int, default=8, help=f"the first {SETTLING} are not timed")
+    parser.add_argument("--processes", type=int, default=1, help="that share the sequence")
     parser.add_argument("--out", type=Path, help="file that gets the report")
     options = parser.parse_args()
     counts = [int(length) for length in options.lengths.split(",")]
     with tempfile.TemporaryDirectory() as name:
-        folder, cluster = Path(name), Path(name) / "cluster.toml"
-        longctx("doctor", options.config, "--measure", "--output", str(cluster))
-        steps = [measured(options.config, count, options.steps, folder) for count in counts]
-        plans = [foretold(options.config, count, cluster) for count in counts]
-    text, is_met = report(options.config, counts, list(zip(plans, steps)))
+        runs = Runs(options.config, options.steps, options.processes, Path(name))
+        cluster = runs.folder / "cluster.toml"
+        runs.longctx("doctor", options.config, "--measure", "--output", str(cluster))
+        steps = [runs.measured(count) for count in counts]
+        plans = [runs.foretold(count, cluster) for count in counts]
+    what = f"Config {options.config}, processes: {options.processes}"
+    text, is_met = report(what, counts, list(zip(plans, steps)))
     if options.out:
         options.out.write_text(text)
     print(text)

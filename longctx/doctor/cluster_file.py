@@ -39,14 +39,15 @@ def _medians(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def write_cluster(machine: Machine, crew: Crew | None, output: str, bench: Bench) -> Finding:
+def write_cluster(cluster: ClusterConfig, output: str) -> Finding:
     """Writes the file, and says what `longctx plan` does with it."""
     path = Path(output)
     try:
-        write_whole(path, to_toml(cluster_of(machine, crew, bench)).encode())
+        write_whole(path, to_toml(cluster).encode())
     except OSError as error:
         return Finding("problem", f"{path}", f"cannot be written ({error.strerror})", MEASURED)
-    links = "" if crew else "; without links: start this under a launcher to measure them"
+    alone = "; without links: start this under a launcher to measure them"
+    links = "" if cluster.most_processes > 1 else alone
     meaning = f"longctx plan CONFIG --cluster {path}{links}"
     return Finding("ok", f"{path} describes this machine", meaning, MEASURED)
 
@@ -61,30 +62,31 @@ def cluster_of(machine: Machine, crew: Crew | None, bench: Bench) -> ClusterConf
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory / GIB
     tiers = crew.tiers if crew else {}
-    links = {name: LinkConfig(*map(_short, link)) for name, link in tiers.items()}
+    links = {name: LinkConfig(*map(as_written, link)) for name, link in tiers.items()}
     if machine.host:
-        links["host"] = LinkConfig(**{name: _short(x) for name, x in machine.host.items()})
+        links["host"] = LinkConfig(**{name: as_written(x) for name, x in machine.host.items()})
     return ClusterConfig(
         name=f"{hosts[0]}-measured",
         source=_source(len(hosts), bench),
         device="cuda" if device.type == "cuda" else "cpu",
         processes_per_node=per_node,
         most_nodes=nodes,
-        memory_gib=_short(memory),
-        host_memory_gib=_short(host_gib),
-        memory_bandwidth=_short(machine.memory_bandwidth),
-        peak_flops={name: _short(peak) for name, peak in machine.peak_flops.items()},
+        memory_gib=as_written(memory),
+        host_memory_gib=as_written(host_gib),
+        memory_bandwidth=as_written(machine.memory_bandwidth),
+        peak_flops={name: as_written(peak) for name, peak in machine.peak_flops.items()},
         rates_precision=bench.precision,
-        fixed_seconds=_short(machine.fixed_seconds),
+        fixed_seconds=as_written(machine.fixed_seconds),
         links=links,
         rates={
-            name: RateConfig(tuple(map(int, own)), tuple(map(_short, own.values())))
+            name: RateConfig(tuple(map(int, own)), tuple(map(as_written, own.values())))
             for name, own in machine.rates.items()
         },
     )
 
 
-def _short(number: float) -> float:
+def as_written(number: float) -> float:
+    """With as many digits as mean something."""
     return float(f"{number:.{DIGITS}g}")
 
 

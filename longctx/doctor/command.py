@@ -4,18 +4,20 @@ import json
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import torch
 
 import longctx
 from longctx.config import apply_overrides
 from longctx.doctor import machine, services, storage, versions
-from longctx.doctor.cluster_file import MEASURED, merged, write_cluster
+from longctx.doctor.cluster_file import MEASURED, as_written, cluster_of, merged, write_cluster
 from longctx.doctor.config_checks import checkpoint_bytes, config_fits
-from longctx.doctor.crew import GROUP, examine
+from longctx.doctor.crew import GROUP, Crew, examine
+from longctx.doctor.crew_step import seconds_of_a_call
 from longctx.doctor.findings import Check, Finding, as_record, as_text, exit_code, run_checks
 from longctx.doctor.measure import Bench, bench_of, product_rate
 from longctx.errors import InputError, OutsideError
@@ -87,13 +89,24 @@ def _examine(
     if bench and exit_code(findings):
         findings.append(Finding("problem", "nothing was measured", "mend what is above", MEASURED))
     elif bench:
-        machines, errors = peers.together(bench.measure)
-        if errors:
-            findings.append(Finding("problem", "measuring", f"failed: {errors[0]}", MEASURED))
-        elif peers.rank == 0:
-            findings.append(write_cluster(merged(machines), crew, config.output, bench))
+        findings += _measured_by_all(bench, peers, crew, config)
     peers.close()
     return peers.rank == 0, findings
+
+
+def _measured_by_all(bench: Bench, peers: Peers, crew: Crew, config: DoctorConfig) -> list[Finding]:
+    """Measures all processes at once; the first of them writes the file."""
+    machines, errors = peers.together(bench.measure)
+    calls: list[float] = []
+    if not errors:
+        cluster = cluster_of(merged(machines), crew, bench)
+        wanted = bench, cluster, peers.size, config.timeout_seconds
+        calls, errors = peers.together(lambda: seconds_of_a_call(*wanted))
+    if errors:
+        return [Finding("problem", "measuring", f"failed: {errors[0]}", MEASURED)]
+    if peers.rank > 0:
+        return []
+    return [write_cluster(replace(cluster, call_seconds=as_written(median(calls))), config.output)]
 
 
 def _measured(bench: Bench, output: str) -> list[Finding]:
@@ -102,7 +115,7 @@ def _measured(bench: Bench, output: str) -> list[Finding]:
         machine_here = bench.measure()
     except Exception as error:
         return [Finding("problem", "measuring", f"failed: {as_line(error)}", MEASURED)]
-    return [write_cluster(machine_here, None, output, bench)]
+    return [write_cluster(cluster_of(machine_here, None, bench), output)]
 
 
 def device_here() -> torch.device:

@@ -128,7 +128,7 @@ class Bench:
         def run() -> None:
             for weight in [x_BTD, *block.parameters()]:
                 weight.grad = None
-            with self._autocast():
+            with self.autocast():
                 out_BTD, losses, _ = block(x_BTD, view.with_shelf())
             torch.autograd.backward([out_BTD, *losses.values()], [out_BTD, *losses.values()])
 
@@ -139,7 +139,8 @@ class Bench:
         """As the trainer keeps them."""
         return torch.float64 if self.precision == "fp64" else torch.float32
 
-    def _autocast(self) -> Any:
+    def autocast(self) -> Any:
+        """Around forward passes, as the trainer has it."""
         if self.precision != "bf16":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
@@ -161,9 +162,14 @@ class Bench:
         synchronize(self.device)
         return time.perf_counter() - start
 
+    @property
+    def shortest(self) -> int:
+        """Tokens that all layers allow; 0 if none do."""
+        return next((n for n in TOKENS[self.device.type] if allow(self.model.layers, n)), 0)
+
     def _fixed(self, cluster: ClusterConfig) -> float:
         """What a step of the whole model takes beyond what the cost model knows of it."""
-        tokens = next((n for n in TOKENS[self.device.type] if allow(self.model.layers, n)), 0)
+        tokens = self.shortest
         model = Decoder(self.model, VOCABULARY, MEMORY)
         if not tokens or model.num_parameters() > MOST_WEIGHTS[self.device.type]:
             return 0.0
@@ -180,7 +186,7 @@ class Bench:
         view = LocalView.whole(1, tokens, self.device).keyed(0, 0, (0,))
 
         def run() -> None:
-            with self._autocast():
+            with self.autocast():
                 losses = model(ids_BT, ids_BT, view)
             terms = [losses.cross_entropy / tokens, *losses.mixers.values()]
             torch.stack(terms).sum().backward()

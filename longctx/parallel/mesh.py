@@ -67,7 +67,8 @@ class Mesh:
         self.is_joined = self.size > 1 or split.engine != "none"
         backend = "nccl" if device.type == "cuda" else "gloo"
         if self.size > 1:
-            join(backend, self._timeout)
+            if not has_joined():
+                join(backend, self._timeout)
             self.rank = dist.get_rank()
         elif self.is_joined:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

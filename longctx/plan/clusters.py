@@ -81,6 +81,8 @@ class ClusterConfig:
     """In any currency; 0 is unknown."""
     fixed_seconds: float = 0.0
     """What a step takes however small it is: launching kernels, data, bookkeeping."""
+    call_seconds: float = 0.0
+    """What a process itself takes for each exchange, however short its message."""
     links: dict[str, LinkConfig] = field(default_factory=dict)
     """By name: node, fabric and host."""
     rates: dict[str, RateConfig]
@@ -95,7 +97,7 @@ class ClusterConfig:
                 raise InputError(f"{name} = {getattr(self, name)}: must be at least 1")
         for name in ("memory_gib", "host_memory_gib", "memory_bandwidth"):
             _positive(name, getattr(self, name))
-        for name in ("price_per_device_hour", "fixed_seconds"):
+        for name in ("price_per_device_hour", "fixed_seconds", "call_seconds"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} = {getattr(self, name)}: must be 0 or positive")
         self._check_precisions()

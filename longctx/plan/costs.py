@@ -43,6 +43,8 @@ class StepTime:
     """The update."""
     fixed: float
     """What the cluster's file says of every step."""
+    calling: float
+    """What it says of every exchange, for all of them."""
     tokens: int
     """Of a step, on all processes."""
     processes: int
@@ -56,7 +58,7 @@ class StepTime:
     def total(self) -> float:
         """All that it does or waits for."""
         parts = sum(self.compute.values()) + sum(self.exposed.values())
-        return parts + self.optimizer + self.fixed
+        return parts + self.optimizer + self.fixed + self.calling
 
     @property
     def mfu(self) -> float:
@@ -87,6 +89,7 @@ def step_time(work: Workload, cluster: ClusterConfig) -> StepTime:
         hidden=_added(part.hidden for part in parts),
         optimizer=update_seconds(work, cluster),
         fixed=cluster.fixed_seconds,
+        calling=cluster.call_seconds * sum(each.calls for each in exchanges.traffic.values()),
         tokens=work.tokens_per_step,
         processes=work.processes,
         flops=(1 + BACKWARD_FLOPS) * _forward_flops(work),

@@ -83,7 +83,8 @@ def _memory(candidate: Candidate) -> dict[str, float]:
 def _time(candidate: Candidate) -> dict[str, float]:
     time = candidate.time
     waiting = {f"waiting: {verb}": seconds for verb, seconds in time.exposed.items()}
-    return time.compute | waiting | {"update": time.optimizer, "fixed": time.fixed}
+    rest = {"making exchanges": time.calling, "update": time.optimizer, "fixed": time.fixed}
+    return time.compute | waiting | rest
 
 
 def _stack(axes: "Axes", stacks: Sequence[dict[str, float]], names: Sequence[str]) -> None:

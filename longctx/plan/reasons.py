@@ -111,7 +111,7 @@ def time_parts(candidate: Candidate) -> dict[str, float]:
     time = candidate.time
     parts = {f"computing {kind}:": seconds for kind, seconds in time.compute.items()}
     parts |= {f"waiting for {verb}:": seconds for verb, seconds in time.exposed.items()}
-    return parts | {"the update:": time.optimizer}
+    return parts | {"making exchanges:": time.calling, "the update:": time.optimizer}
 
 
 def _is_unequal(other: Candidate, best: Candidate, part: str) -> bool:

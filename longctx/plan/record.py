@@ -71,6 +71,7 @@ def _candidate(candidate: Candidate | None, tokens: int) -> dict[str, Any] | Non
             "hidden": time.hidden,
             "optimizer": time.optimizer,
             "fixed": time.fixed,
+            "calling": time.calling,
             "total": time.total,
         },
         "mfu": time.mfu,

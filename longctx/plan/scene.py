@@ -99,7 +99,8 @@ class Scene:
         if self.is_sharded:
             outside += gathered_weights(self.exchanges, OUTSIDE_LAYERS)
             outside += summed_gradients(self.exchanges, OUTSIDE_LAYERS)
-        outside += self.compute.head + self.time.optimizer + self.time.fixed
+        outside += self.compute.head + self.time.optimizer
+        outside += self.time.fixed + self.time.calling
         own, whole = (
             sum(self.compute.layers[a].forward + self.compute.layers[a].backward for a in letters)
             for letters in (self.letters, self.all_letters)

@@ -163,6 +163,7 @@ def _time(candidate: Candidate) -> dict[str, str]:
     rows |= {f"waiting for {verb}": duration(s) for verb, s in time.exposed.items() if s > least}
     small = sum(seconds for seconds in time.exposed.values() if seconds <= least)
     rows |= {"waiting for all else": duration(small)} if small else {}
+    rows |= {"making exchanges": duration(time.calling)} if time.calling else {}
     rows |= {"update": duration(time.optimizer), "fixed": duration(time.fixed)}
     rows["all"] = duration(time.total)
     rows["exchanged meanwhile, not waited for"] = duration(sum(time.hidden.values()))

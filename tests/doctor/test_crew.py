@@ -134,3 +134,4 @@ def test_two_processes_write_one_cluster_with_links_and_one_report(tmp_path):
     assert cluster.processes_per_node == 2
     assert set(cluster.links) == {"node"}
     assert "2 processes" in cluster.source
+    assert 0 < cluster.call_seconds < 1

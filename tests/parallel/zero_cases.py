@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -36,10 +35,7 @@ def mesh_of(ranks: int, sp: int) -> Mesh:
     """The mesh of the ranks of a test, which may have met already."""
     config = ParallelConfig(sp=sp, engine="deepspeed")
     split = resolve(config, settings().model.layers, ranks, LENGTH)
-    with pytest.MonkeyPatch.context() as patch:
-        if dist.is_initialized():
-            patch.setattr(dist, "init_process_group", lambda *_, **__: None)
-        return Mesh(split, CPU, 60)
+    return Mesh(split, CPU, 60)
 
 
 def build(

@@ -87,6 +87,10 @@ WRONG = {
     "processes_per_node = 8": ("processes_per_node = 0", "processes_per_node = 0: must be"),
     "memory_gib = 79.0": ("memory_gib = -1.0", "memory_gib = -1.0: must be positive"),
     "fixed_seconds = 0.05": ("fixed_seconds = -1.0", "fixed_seconds = -1.0: must be 0"),
+    "memory_gib = 79.0\n": (
+        "memory_gib = 79.0\ncall_seconds = -1.0\n",
+        "call_seconds = -1.0: must",
+    ),
     'name = "8xh100"': ('name = ""', "name is empty"),
     'device = "cuda"': ('devise = "cuda"', "devise is not a known field"),
 }

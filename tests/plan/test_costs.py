@@ -12,6 +12,7 @@ from longctx.plan.clusters import KERNELS, ClusterConfig, LinkConfig, RateConfig
 from longctx.plan.costs import StepTime, step_time
 from longctx.plan.flops import layer_flops
 from longctx.plan.kernel_time import MOVING, Compute, kernels_of
+from longctx.plan.traffic import traffic_of
 from longctx.plan.update_time import muon_seconds, own_weights
 from longctx.plan.waiting import Exchanges
 from longctx.plan.workload import Workload, workload
@@ -289,6 +290,14 @@ def test_muon_adds_the_products_of_its_iterations():
     plain = work(2, pattern="-S", parallel={"sp": 2})
     assert muon_seconds(plain, CLUSTER) == 0
     assert step_time(muon, CLUSTER).optimizer > step_time(plain, CLUSTER).optimizer
+
+
+def test_every_exchange_takes_what_the_file_says():
+    slow, split = replace(CLUSTER, call_seconds=0.5), {"parallel": {"sp": 2}}
+    calls = sum(each.calls for each in traffic_of(work(2, **split), 0).values())
+    assert time(2, slow, **split).total - time(2, **split).total == pytest.approx(0.5 * calls)
+    assert calls > 10
+    assert time(1, slow).total == time(1).total
 
 
 def test_a_matrix_has_one_process_however_many_there_are():

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from longctx.checkpoint import open_checkpoint
@@ -86,10 +85,7 @@ def course(settings: Settings, processes: int) -> tuple[dict, list[Box], Mesh]:
     """Losses and norms of a few steps, what this process would save, and its mesh."""
     split = resolve(settings.parallel, settings.model.layers, processes, 32)
     split = settle_engine(settings, split)
-    with pytest.MonkeyPatch.context() as patch:
-        if dist.is_initialized():  # all cases of a test share a group
-            patch.setattr(dist, "init_process_group", lambda *_, **__: None)
-        mesh = Mesh(split, torch.device("cpu"), 60)
+    mesh = Mesh(split, torch.device("cpu"), 60)
     engine = build_engine(settings, VOCABULARY, mesh)
     tokens = torch.randint(VOCABULARY, (4, 33), generator=torch.Generator().manual_seed(1))
     rows = 4 // mesh.split.dp
