@@ -66,13 +66,13 @@ class Mesh:
             torch.cuda.set_device(device)
         self.is_joined = self.size > 1 or split.engine != "none"
         backend = "nccl" if device.type == "cuda" else "gloo"
-        if self.size > 1:
-            if not has_joined():
+        if self.is_joined and not has_joined():
+            if self.size > 1:
                 join(backend, self._timeout)
-            self.rank = dist.get_rank()
-        elif self.is_joined:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            else:
+                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         if self.is_joined:
+            self.rank = dist.get_rank()
             self._world = self._data = ProcessGroup(dist.group.WORLD, self.ledger)
         self.data_rank, self.tp_rank = divmod(self.rank, split.tp)
         self.dp_rank, self.sp_rank = divmod(self.data_rank, split.sp)
